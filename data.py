@@ -19,7 +19,9 @@ Differences from the paper:
 import cmath
 import json
 import math
+import random
 import re
+import zlib
 from bisect import bisect_right
 from dataclasses import dataclass
 from fractions import Fraction
@@ -320,14 +322,15 @@ def _value(text):
 
 
 def split_steps(ids, tokenizer, style="lines"):
-    """Token ids cut into steps; the steps joined are `ids` again. Styles: 'lines' (GSM8K) and 'math' (MATH).
+    """Token ids cut into steps; the steps joined are `ids` again. Styles: 'lines' (GSM8K), 'math' (MATH),
+    'arrows' (star graph).
 
     A token across a boundary stays with the earlier step, the end of text with the last one.
     """
     ids = list(ids)
     body = len(ids) - (ids[-1:] == [tokenizer.eos_id])
     starts, text = _token_starts(ids[:body], tokenizer)
-    bounds = list(accumulate(map(len, {"lines": _line_steps, "math": _math_steps}[style](text))))[:-1]
+    bounds = list(accumulate(map(len, STEPS[style](text))))[:-1]
     steps = {}
     for token, start in zip(ids[:body], starts, strict=True):
         steps.setdefault(bisect_right(bounds, start), []).append(token)
@@ -383,6 +386,9 @@ def _bisect(piece):
     cuts = [cut for cut in cuts if 20 < cut < len(piece) - 20]
     cut = min(cuts, key=lambda cut: abs(2 * cut - len(piece)), default=0)
     return [piece[:cut], piece[cut:]]
+
+
+STEPS = {"lines": _line_steps, "math": _math_steps, "arrows": lambda text: re.findall(r"[^>]*>|[^>]+$", text)}
 
 
 def edit_distance(a, b):
@@ -453,3 +459,135 @@ class Tokenizer:
 
     def decode(self, ids, skip_special_tokens=False):
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+
+# --- The built-in tasks: word problems whose every step has a known truth, and the paper's star graph ---
+
+NAMES = "Mia Ben Ava Leo Zoe Max Eva Sam Ida Tom Amy Jon Lia Kai Uma Roy".split()
+THINGS = "shells coins pens stamps cards books beads eggs nuts caps keys rings toys maps bags cups".split()
+VERBS = {  # what the verb does to the total; rare ones stand last
+    1: "found bought got won earned received collected gained added made borrowed picked caught grew gathered inherited".split(),
+    -1: "lost sold gave used ate dropped donated lent broke spent traded mailed burned threw wasted returned".split(),
+    0: "saw counted wanted painted washed drew liked sorted cleaned named photographed admired hid described weighed dusted".split(),
+}
+LARGEST, OPERANDS, ZIPF = 30, 9, 1.2
+SLIPS = 0.1  # share of the spurious steps that are slips in a sum
+
+
+def zipf(rng, items):
+    """One of `items`, the i-th with probability ~ i^-ZIPF: a heavy tail of rare skills, as in language."""
+    return rng.choices(items, cum_weights=_TAIL[: len(items)])[0]
+
+
+_TAIL = list(accumulate(i**-ZIPF for i in range(1, 100)))
+
+
+def _split_of(question):
+    """Each question belongs to one split for ever, whatever the seed: by its checksum."""
+    return {8: "val", 9: "test"}.get(zlib.crc32(question.encode()) % 10, "train")
+
+
+def arithmetic_problem(rng, split, steps, distractors):
+    """'Mia had 5 cups, found 7, saw 4, lost 2. How many now?': `steps` numbers count, in any order, `distractors` do not."""
+    while True:
+        start = rng.randint(0, LARGEST)
+        signs = [rng.choice((-1, 1)) for _ in range(steps)] + [0] * distractors
+        events = [(sign, zipf(rng, range(1, OPERANDS + 1))) for sign in signs]
+        low, high = (start + sum(s * n for s, n in events if s == sign) for sign in (-1, 1))
+        if low < 0 or high > LARGEST or len({n for _, n in events}) < len(events):
+            continue  # every order of the steps must stay in range, and a number must name its event
+        rng.shuffle(events)
+        told = ", ".join(f"{zipf(rng, VERBS[s])} {n}" for s, n in events)
+        thing = zipf(rng, THINGS)
+        question = f"{zipf(rng, NAMES)} had {start} {thing}, {told}. How many now?"
+        if _split_of(question) == split:
+            return Problem("", question, "", str(start + sum(s * n for s, n in events)), meta=dict(start=start, events=events))
+
+
+def arithmetic_teacher(rng, problem, spurious):
+    """A solution by the simulated teacher: the steps in random order, and before each, with probability `spurious`, one
+    that is beside the point: a distractor added or taken away, or (now and then) a slip in the sum; either is then ignored."""
+    total, events, lines = problem.meta["start"], [e for e in problem.meta["events"] if e[0]], []
+    idle = [n for sign, n in problem.meta["events"] if not sign]
+    for sign, n in rng.sample(events, len(events)):
+        if rng.random() < spurious:
+            s = rng.choice((-1, 1))
+            if idle and rng.random() >= SLIPS:
+                m = rng.choice(idle)
+                s = s if 0 <= total + s * m <= LARGEST else -s
+                lines.append((total, s, m, total + s * m))
+            else:
+                lines.append((total, sign, n, min(max(total + sign * n + s * rng.randint(1, 3), 0), LARGEST)))
+        lines.append((total, sign, n, total + sign * n))
+        total += sign * n
+    return "".join(f"{a} {'+' if s > 0 else '-'} {n} = {c}\n" for a, s, n, c in lines) + f"#### {total}"
+
+
+def judge_steps(problem, text):
+    """The truth of each line of a solution to a built-in arithmetic problem: 'good', 'irrelevant' (a distractor is
+    used), 'slip' (wrong sum), 'wrong' (an event used twice or with the wrong sign, a wrong total, no step at all)."""
+    total, left, labels = problem.meta["start"], [tuple(e) for e in problem.meta["events"] if e[0]], []
+    idle = [n for s, n in problem.meta["events"] if not s]
+    for line in text.split("\n"):
+        step, final = re.fullmatch(r"(\d+) ([+-]) (\d+) = (\d+)", line), re.fullmatch(r"#### (\d+)", line)
+        if not step:
+            labels.append("good" if final and final[1] == problem.answer else "wrong")
+            continue
+        a, n, c = int(step[1]), int(step[3]), int(step[4])
+        s = 1 if step[2] == "+" else -1
+        if a + s * n != c:
+            labels.append("slip")
+        elif n in idle:
+            labels.append("irrelevant")
+        elif a == total and (s, n) in left:
+            left.remove((s, n))
+            total = c
+            labels.append("good")
+        else:
+            labels.append("wrong")
+    return labels
+
+
+def star_problem(rng, split, degree=2, path=4, labels=21):
+    """The paper's star graph (5.3): `degree` arms of `path` nodes from one centre, their edges shuffled. Which way to
+    the goal? '8>3|3>10|14>13|10>1|17>14|8>17/8>13=' and '8>17>14>13': the second node is the only decision."""
+    while True:
+        centre, *nodes = rng.sample(range(labels), 1 + degree * (path - 1))
+        arms = [[centre, *nodes[i * (path - 1) : (i + 1) * (path - 1)]] for i in range(degree)]
+        edges = [f"{a}>{b}" for arm in arms for a, b in zip(arm, arm[1:], strict=False)]
+        rng.shuffle(edges)
+        arm = rng.choice(arms)
+        question, answer = f"{'|'.join(edges)}/{centre}>{arm[-1]}=", ">".join(map(str, arm))
+        if _split_of(question) == split:
+            return Problem("", question, answer, answer, style="arrows")
+
+
+def load_problems(data, split="train", limit=0, seed=0, spurious=0.2, steps=4, distractors=2):
+    """Problems of a built-in task ('arithmetic', 'star': made from the seed) or of a JSONL file; limit 0: all of a file."""
+    if data not in ("arithmetic", "star"):
+        return read_problems(data, limit or None)
+    problems = []
+    for i in range(limit):  # each problem has a stream of its own: a longer list begins with the shorter one
+        rng = random.Random(f"{seed} {split} {i}")
+        if data == "star":
+            problem = star_problem(rng, split)
+        else:
+            problem = arithmetic_problem(rng, split, steps, distractors)
+            problem.solution = arithmetic_teacher(rng, problem, spurious)
+        problem.id = f"{split}-{seed}-{i}"
+        problems.append(problem)
+    return problems
+
+
+def builtin_tokenizer():
+    """A token for each word, number and sign of the built-in tasks: 'had 5 cups' is three tokens."""
+    words = ["<eos>", "\n", *"+ - = #### , . ? | / > had How many now".split(), *NAMES, *THINGS, *sum(VERBS.values(), [])]
+    vocabulary = {word: i for i, word in enumerate(words + [str(n) for n in range(LARGEST + 1)])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(" ", "removed"),
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\n,.?|/=>]"), "isolated")])
+    tokenizer.decoder = tokenizers.decoders.Sequence([
+        tokenizers.decoders.WordPiece(prefix="@@"), tokenizers.decoders.Fuse(),
+        tokenizers.decoders.Replace(tokenizers.Regex(r" ?\n ?"), "\n")])
+    return Tokenizer(tokenizer, 0)

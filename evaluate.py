@@ -1,0 +1,159 @@
+r"""Evaluation: how often a policy is right, how sure that is, and where in a solution it goes wrong.
+
+The one idea: a number without its spread is not a result. So each accuracy comes with a 95% interval, and two
+policies are compared on the same problems, problem by problem, not by two intervals laid side by side.
+
+    python evaluate.py --model runs/x/neg --data problems.jsonl
+    python evaluate.py --model runs/x/neg --baseline runs/x/sft --data arithmetic      # a paired comparison
+    python evaluate.py --model runs/x/neg --data arithmetic --values 16                # average Q by step (Fig. 7)
+
+    accuracy   greedy, one sample a problem; Wilson's 95% interval
+    pass@k     1 - C(n-c, k) / C(n, k) for c right of n samples: unbiased (Chen et al. 2021)
+    maj@k      the most frequent of the first k answers is right; the earliest wins a tie
+    p          McNemar's exact test: of the problems that just one of the two gets right, how uneven is the split
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data import DEFAULT_PROMPT, answers_equal, extract_answer, judge_steps, load_problems
+from rollout import entry, estimate_values, flag, load_policy, parse, read_rows, sample, to_value, write_json
+
+
+def wilson(right, n, z=1.96):
+    """95% interval of a share: (low, high). Honest also near 0 and 1, where the usual one is not."""
+    if n == 0:
+        return 0.0, 1.0
+    p, d = right / n, 1 + z * z / n
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
+    return max(0.0, (p + z * z / (2 * n)) / d - half), min(1.0, (p + z * z / (2 * n)) / d + half)
+
+
+def pass_at_k(n, c, k):
+    """The chance that k of n samples, c of them right, hold a right one; unbiased for n >= k."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority_right(texts, corrects, k):
+    """Whether the answer given most often among the first k is right. texts, corrects: per sample."""
+    groups = []  # [answer, votes, right]; equal answers may be written differently
+    for text, correct in zip(texts[:k], corrects[:k], strict=True):
+        answer = extract_answer(text)
+        group = next((g for g in groups if answer is not None and g[0] is not None and answers_equal(g[0], answer)), None)
+        if group is None:
+            groups.append([answer, 1, correct])
+        else:
+            group[1] += 1
+    return bool(groups) and max(groups, key=lambda g: (g[0] is not None, g[1]))[2]
+
+
+def mcnemar(a, b):
+    """Two-sided exact p that policies a and b are equally good, from their verdicts on the same problems."""
+    only_a, only_b = sum(x and not y for x, y in zip(a, b, strict=True)), sum(y and not x for x, y in zip(a, b, strict=True))
+    n, low = only_a + only_b, min(only_a, only_b)
+    tail = sum(math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2))
+               for i in range(low + 1))  # fmt: skip
+    return min(1.0, 2 * tail)
+
+
+def compare(a, b, seed=0, resamples=2000):
+    """Paired comparison of verdicts: accuracy of b minus a, its 95% bootstrap interval over problems, McNemar's p."""
+    difference = np.asarray(b, float) - np.asarray(a, float)
+    draws = np.random.default_rng(seed).choice(difference, (resamples, len(difference))).mean(1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return dict(difference=float(difference.mean()), low=float(low), high=float(high), p=mcnemar(a, b))
+
+
+def evaluate(policy, problems, folder, *, max_new_tokens, samples=0, temperature=0.7, ks=(1, 5), seed=0):
+    """Greedy accuracy, and with `samples` > 0 pass@k and maj@k, of a policy. Raw responses go to `folder`; a second
+    call on the same folder goes on where the first one stopped. Returns a dict for results.json."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = sample(policy, problems, folder / "greedy.jsonl", n=1, max_new_tokens=max_new_tokens, temperature=0, seed=seed)
+    greedy = [rows[p.id]["samples"][0] for p in problems]
+    right = [s["correct"] for s in greedy]
+    result = dict(problems=len(problems), accuracy=float(np.mean(right)), interval=wilson(sum(right), len(right)),
+                  ended=float(np.mean([s["ended"] for s in greedy])), tokens=float(np.mean([len(s["ids"]) for s in greedy])),
+                  correct=right)  # fmt: skip
+    labels = [judge_steps(p, s["text"]) for p, s in zip(problems, greedy, strict=True) if p.meta]
+    if labels:  # only the built-in task knows the truth of a step
+        result["spurious"] = float(np.mean([sum(x in ("irrelevant", "slip") for x in row) for row in labels]))
+    if samples:
+        rows = sample(policy, problems, folder / "samples.jsonl", n=samples, max_new_tokens=max_new_tokens,
+                      temperature=temperature, seed=seed)  # fmt: skip
+        drawn = [rows[p.id]["samples"] for p in problems]
+        verdicts = [[s["correct"] for s in row] for row in drawn]
+        for k in (k for k in ks if k <= samples):
+            result[f"pass@{k}"] = float(np.mean([pass_at_k(samples, sum(v), k) for v in verdicts]))
+            texts = [[s["text"] for s in row] for row in drawn]
+            result[f"maj@{k}"] = float(np.mean([majority_right(t, v, k) for t, v in zip(texts, verdicts, strict=True)]))
+    return result
+
+
+def table(results):
+    """The results of several policies {name: result} as text; the first is the one the others are compared with."""
+    first = next(iter(results.values()))
+    columns = [k for k in first if "@" in k] + (["spurious"] if "spurious" in first else [])
+    lines = [f"{'':6}{'greedy':>8}  {'95% interval':15}" + "".join(f"{c:>10}" for c in columns) + f"   {'against ' + next(iter(results))}"]
+    for name, r in results.items():
+        line = f"{name:6}{r['accuracy']:8.1%}  {r['interval'][0]:6.1%} - {r['interval'][1]:<6.1%}"
+        line += "".join(f"{r[c]:>10.1%}" if "@" in c else f"{r[c]:>10.2f}" for c in columns)
+        if r is not first:
+            c = compare(first["correct"], r["correct"])
+            line += f"   {c['difference']:+.1%} [{c['low']:+.1%}, {c['high']:+.1%}], p = {c['p']:.2g}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def q_by_step(policy, problems, solutions, folder, *, k, max_new_tokens, temperature, seed):
+    """Average Q of the first, second, ... step of given solutions under `policy` (Fig. 7). solutions: as `to_value`."""
+    rows = estimate_values(policy, {p.id: p for p in problems}, solutions, Path(folder) / "values.jsonl", k=k, scan="full",
+                           max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)  # fmt: skip
+    longest = max((len(row["values"]) for row in rows.values()), default=1)
+    at = [[row["values"][t] for row in rows.values() if t < len(row["values"])] for t in range(1, longest)]
+    return [dict(step=t, q=float(np.mean(qs)), solutions=len(qs)) for t, qs in enumerate(at, 1)]
+
+
+@dataclass
+class EvaluateConfig:
+    model: str = flag("", "Hugging Face folder of the policy")
+    baseline: str = flag("", "folder of a second policy: a paired comparison on the same problems")
+    data: str = flag("arithmetic", "arithmetic, star, or a JSONL file of problems")
+    split: str = flag("test", "of a built-in task: train, val or test")
+    limit: int = flag(1000, "the first problems only; 0 = all of a file")
+    out: str = flag("runs/evaluate", "folder for results.json and the raw responses")
+    prompt: str = flag("", "prompt format, {question} is replaced; empty = the one train.py uses for this data")
+    max_new_tokens: int = flag(256, "tokens a solution may have")
+    samples: int = flag(0, "samples a problem for pass@k and maj@k; 0 = greedy only")
+    temperature: float = flag(0.7, "of the samples")
+    values: int = flag(0, "K: rollouts per step prefix, for the average Q by step index; 0 = none")
+    seed: int = flag(0, "of the random streams")
+    slots: int = flag(0, "rows that decode together; 0 = as fits in memory")
+    device: str = flag("", "cpu or cuda; empty = cuda where there is one")
+    dtype: str = flag("", "float32, bfloat16 or float16; empty = bfloat16 on cuda, else float32")
+    threads: int = flag(0, "CPU threads; 0 = two for a small model, else all cores")
+
+
+def main():
+    c = parse(EvaluateConfig, __doc__)
+    c.prompt = c.prompt or {"arithmetic": "{question}\n", "star": "{question}"}.get(c.data, DEFAULT_PROMPT)
+    problems, out, results = load_problems(c.data, c.split, c.limit), Path(c.out), {}
+    for name, folder in (("base", c.baseline), ("model", c.model)):
+        if folder or name == "model":
+            policy = load_policy(folder, c)
+            results[name] = evaluate(policy, problems, out / name, max_new_tokens=c.max_new_tokens, samples=c.samples,
+                                     temperature=c.temperature, seed=c.seed)  # fmt: skip
+    write_json(out / "results.json", dict(config=asdict(c), **results))
+    print(table(results))
+    if c.values:
+        rows = {row["id"]: row for row in read_rows(out / "model" / "greedy.jsonl")}
+        steps = q_by_step(policy, problems, to_value(problems, rows, 1, 1), out / "model", k=c.values,
+                          max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed)  # fmt: skip
+        print("\n".join(f"step {s['step']:2}  Q {s['q']:.3f}  {'#' * round(40 * s['q'])} ({s['solutions']})" for s in steps))
+
+
+if __name__ == "__main__":
+    entry(main)

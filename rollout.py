@@ -1,0 +1,586 @@
+r"""Rollouts: sample solutions, value their steps by Monte Carlo, find the first pit, and make pairs to train on.
+
+The one idea: the value of a step is the share of solutions that still come out right when the policy goes on from it
+(Eq. 2). So everything here is one function, `generate`, asked from different prefixes:
+
+    rollouts.jsonl   the problem alone as prefix: right and wrong solutions of the learner        (sample)
+    values.jsonl     each step of a solution as prefix: Q of the step, and where it fell to zero   (estimate_values)
+    pairs.jsonl      a good and a bad way to go on from one prefix: D of Eq. 1                     (make_pairs)
+
+    python rollout.py --model FOLDER --data problems.jsonl --out runs/x            # samples only
+    python rollout.py --model FOLDER --data problems.jsonl --out runs/x --values 1 --pairs continuation
+
+    Eq. 2   Q(x, y_{1:i-1}; y_i) = E_{y_new ~ policy(. | x, y_{1:i})} r([y_{1:i}, y_new])
+    3.2     Q_BoK = 1 - (1 - Q)^K, the paper's policy: the best of K = 5 rollouts
+    Eq. 3   A(x, y_{1:i-1}; y_i) = Q(x, y_{1:i-1}; y_i) - Q(x, y_{1:i-2}; y_{i-1}), and Q of the empty prefix is V(x)
+
+Differences from the paper:
+1. Q is estimated once, as the mean of K rollouts. "Any of the K right", the paper's Q, is kept beside it.
+2. The last step's value is the checker's verdict: nothing is left to sample. So a wrong solution always has a pit.
+3. A solution that ran out of its budget counts as wrong, whatever it says.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import (
+    DEFAULT_PROMPT,
+    DataError,
+    Tokenizer,
+    edit_distance,
+    equation_key,
+    format_prompt,
+    is_correct,
+    read_problems,
+    split_steps,
+)
+from model import GPT, CheckpointError, KVCache
+
+# ---------------------------------------------------------------- what the three entry points share
+
+
+class UsageError(ValueError):
+    """One line for the user: what is wrong, what was expected, the mend. Leaves with exit code 2."""
+
+
+def flag(default, text):
+    """A field of a configuration: its default, and the line that --help shows."""
+    return field(default=default, metadata={"help": text})
+
+
+def parse(config_class, description, argv=None):
+    """Flags from a flat dataclass; an unknown flag or a value of the wrong kind leaves with one line and code 2."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.error = lambda message: sys.exit(fail(f"{message}; see --help for the flags"))
+    for f in fields(config_class):
+        kind = f.type if f.type in (int, float, str) else f.type.__args__[0]  # 'int | None' takes an int
+        default = "by task" if f.default is None else repr(f.default)
+        parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default, metavar=kind.__name__,
+                            help=f"{f.metadata['help']} [{default}]".replace("%", "%%"))  # fmt: skip
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def entry(main):
+    """Run a program: errors that a user can mend are one line and exit code 2; Ctrl-C says how to go on."""
+    try:
+        main()
+    except (UsageError, DataError, CheckpointError, OSError) as error:
+        sys.exit(fail(" ".join(str(error).split())))
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def read_rows(path):
+    """The rows of a JSONL file of ours; a last line cut short by a crash is taken off the file."""
+    path, rows, good = Path(path), [], 0
+    if not path.exists():
+        return rows
+    raw = path.read_bytes()
+    for line in raw.splitlines(keepends=True):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if good + len(line) < len(raw):
+                raise DataError(f"{path}:{len(rows) + 1}: not JSON; expected one object a line; delete the file") from None
+            break
+        if not line.endswith(b"\n"):
+            rows.pop()
+            break
+        good += len(line)
+    if good < len(raw):
+        os.truncate(path, good)
+    return rows
+
+
+def append_rows(path, rows):
+    """Append rows in one write, so that a crash can only cut the last of them."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path, value):
+    """Write under a temporary name and rename: never half a file."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def load_policy(folder, config, problems=()):
+    """The model and tokenizer in `folder`, on the device and in the dtype that `config` names or that suit it."""
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = config.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UsageError(f"--dtype {dtype}; expected float32, bfloat16 or float16; choose one")
+    try:
+        model = GPT.from_pretrained(folder, dtype=getattr(torch, dtype), device=device).eval()
+    except RuntimeError as error:  # torch's own words for a device that is not there
+        raise UsageError(f"--device {device}: {str(error).splitlines()[0]}; expected cpu or cuda; choose one") from None
+    if device == "cpu":  # measured: a model this small gains nothing from a third core
+        small = sum(p.numel() for p in model.parameters()) < 5_000_000
+        torch.set_num_threads(config.threads or min(2 if small else 64, os.cpu_count() or 1))
+    return Policy(model, Tokenizer.from_pretrained(folder), config.prompt, config.slots or None)
+
+
+@dataclass
+class Policy:
+    """A model with its tokenizer and prompt format: what turns problems into sampled solutions."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    prompt_format: str
+    slots: int | None = None
+    stats: dict = field(default_factory=dict)  # tokens prefilled and decoded so far
+
+    def prompt(self, problem):
+        """The prompt's token ids. Prompt and solution are tokenized apart, in training as in sampling."""
+        return self.tokenizer.encode(format_prompt(self.prompt_format, problem.question))
+
+    def generate(self, prompts, **options):
+        return generate(self.model, prompts, stop_ids=[self.tokenizer.eos_id], vocab_size=self.tokenizer.vocab_size,
+                        slots=self.slots, stats=self.stats, **options)  # fmt: skip
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def uniforms(seed, prompt, samples, steps):
+    """The random numbers of some samples of one prompt: float32 (len(samples), steps), each in (0, 1).
+
+    Counter-based (splitmix64 over a hash of seed and prompt, the sample's number and the token's number): there is no
+    state, so a sample draws the same numbers in any batch, in any order and after any restart.
+    """
+    digest = hashlib.blake2b(np.asarray([seed, *prompt], np.int64).tobytes(), digest_size=8).digest()
+    x = np.frombuffer(digest, np.uint64) + np.asarray(samples, np.uint64)[:, None] * np.uint64(0xD1342543DE82EF95)
+    x = x + np.arange(1, steps + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # wraps: modulo 2^64
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = (x ^ (x >> np.uint64(31))) >> np.uint64(41)  # 23 bits and a half: exact in float32, never 0 or 1
+    return (x.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
+
+
+def choose(logits, u, temperature, top_p):
+    """One token per row by inversion: the first id whose cumulative probability exceeds u. (B, V), (B,) -> (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = torch.softmax(logits.float() / temperature, dim=-1)
+    if top_p < 1:  # for show only: data that a loss sees must come from the policy itself
+        p, order = p.sort(dim=-1, descending=True)
+        p = p * (p.cumsum(-1) - p < top_p)  # a token stays while those before it have not filled top_p
+    cumulative = p.cumsum(-1)
+    target = (u[:, None] * cumulative[:, -1:]).contiguous()  # the sum is not exactly 1 in floats
+    token = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[-1] - 1)
+    return (order.gather(-1, token) if top_p < 1 else token)[:, 0]
+
+
+class Slots:
+    """Rows that decode together; a finished row gives its place to a waiting sample (continuous batching)."""
+
+    def __init__(self, model, rows, capacity, width, stop_ids, temperature, top_p, vocab_size):
+        p = next(model.parameters())
+        self.model, self.temperature, self.top_p, self.vocab_size = model, temperature, top_p, vocab_size
+        self.cache = KVCache(model.config, rows, capacity, p.dtype, p.device)
+        self.stop = torch.tensor(sorted(stop_ids) or [-1], device=p.device)
+        self.owner = [None] * rows  # (prompt, sample) of the row, None when free
+        long = dict(dtype=torch.long, device=p.device)
+        self.token, self.made, self.budget = (torch.zeros(rows, **long) for _ in range(3))
+        self.out, self.u = torch.zeros(rows, width, **long), torch.zeros(rows, width, device=p.device)
+        self.done = torch.ones(rows, dtype=torch.bool, device=p.device)
+
+    def pick(self, logits, u):
+        if self.vocab_size is not None:  # rows of the embedding with no token behind them cannot be decoded
+            logits[..., self.vocab_size :] = float("-inf")
+        return choose(logits, u, self.temperature, self.top_p)
+
+    def admit(self, rows, owners, source, source_rows, lengths, logits, u, budgets):
+        """Start samples in free rows, from prompts prefilled in the cache `source`. Each draws its own first token."""
+        device = self.token.device
+        at, source_rows, lengths = (torch.tensor(x, device=device) for x in (rows, source_rows, lengths))
+        self.cache.copy_rows(source, source_rows, at, lengths)
+        self.u[at] = torch.from_numpy(u).to(device)
+        self.token[at] = token = self.pick(logits, self.u[at, 0])
+        self.out[at, 0], self.made[at], self.budget[at] = token, 1, torch.tensor(budgets, device=device)
+        self.done[at] = torch.isin(token, self.stop) | (self.budget[at] <= 1)
+        for row, owner in zip(rows, owners, strict=True):
+            self.owner[row] = owner
+
+    def step(self):
+        """One token for every row that is not done."""
+        live = ~self.done
+        logits = self.model.logits(self.model.hidden(self.token[:, None], self.cache, live.long())[:, 0])
+        at = self.made.clamp(max=self.out.shape[1] - 1)[:, None]  # a done row writes back what is there
+        token = self.pick(logits, self.u.gather(1, at)[:, 0])
+        self.out.scatter_(1, at, torch.where(live[:, None], token[:, None], self.out.gather(1, at)))
+        self.token, self.made = torch.where(live, token, self.token), self.made + live
+        self.done |= torch.isin(self.token, self.stop) | (self.made >= self.budget)
+
+    def collect(self, results):
+        """Hand the finished samples over; returns the free rows."""
+        free = self.done.nonzero()[:, 0].tolist()
+        finished = [row for row in free if self.owner[row] is not None]
+        for row, ids, made in zip(finished, self.out[finished].tolist(), self.made[finished].tolist(), strict=True):
+            i, sample = self.owner[row]
+            results[i][sample], self.owner[row] = ids[:made], None
+        return free
+
+    def shrink(self):
+        """Drop free rows when nobody waits: the last long rows should not decode beside empty ones."""
+        rows = [row for row, owner in enumerate(self.owner) if owner is not None]
+        keep = torch.tensor(rows, device=self.token.device)
+        self.cache.keep(keep)
+        for name in ("token", "made", "budget", "out", "u", "done"):
+            setattr(self, name, getattr(self, name)[keep])
+        self.owner = [self.owner[row] for row in rows]
+
+
+def default_slots(model, capacity):
+    """Rows whose keys and values fill 1 GiB (a third of the free memory on a GPU), at most 1024."""
+    p, c = next(model.parameters()), model.config
+    room = torch.cuda.mem_get_info(p.device)[0] / 3 if p.is_cuda else 2**30
+    return int(max(1, min(1024, room // (2 * c.n_layer * c.n_kv_head * c.head_dim * p.element_size() * capacity))))
+
+
+@torch.no_grad()
+def generate(model, prompts, n=1, *, max_new_tokens=256, temperature=1.0, top_p=1.0, seed=0, stop_ids=(),
+             vocab_size=None, slots=None, stats=None):  # fmt: skip
+    """Sample n continuations of every prompt.
+
+    prompts: lists of token ids, any lengths > 0; max_new_tokens: an int, or one per prompt (0 gives empty lists);
+    temperature 0 is greedy; ids >= vocab_size are never drawn; slots: rows that decode together.
+    Returns per prompt a list of n lists of new ids, the stop id included where one was reached. The random stream of
+    a sample depends on (seed, prompt, sample) alone. `stats` gets the tokens "prefilled" and "decoded" added.
+
+    A prompt is prefilled once for its n samples, and a prompt that begins another one (the step prefixes of one
+    solution are nested) is not prefilled at all: its keys and values are the beginning of the longer one's.
+    """
+    if not all(prompts):
+        raise ValueError("generate: an empty prompt; expected at least one token id")
+    budgets = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    results = [[[] for _ in range(n)] for _ in prompts]
+    alive = sorted((i for i in range(len(prompts)) if budgets[i] > 0), key=lambda i: prompts[i], reverse=True)
+    if not alive or not n:
+        return results
+    families = []  # [longest, those it begins with...]: in descending order a prefix follows what it begins
+    for i in alive:
+        if families and prompts[families[-1][0]][: len(prompts[i])] == prompts[i]:
+            families[-1].append(i)
+        else:
+            families.append([i])
+    families.sort(key=lambda family: -len(prompts[family[0]]))  # rows of like lengths decode together
+    capacity, width = max(len(prompts[i]) + budgets[i] for i in alive), max(budgets[i] for i in alive)
+    rows = min(slots or default_slots(model, capacity), n * len(alive))
+    running = Slots(model, rows, capacity, width, stop_ids, temperature, top_p, vocab_size)
+    device, waiting = running.token.device, []  # waiting: (prompt, sample, row in `source`, row in `first`)
+    patience = 8 if device.type == "cuda" else 1  # tokens between two looks at `done`, which a GPU has to wait for
+    counts = Counter(prefilled=0, decoded=0)
+    while True:
+        free = running.collect(results)
+        while free and (waiting or families):
+            if not waiting:  # prefill about as many prompts as there is room for
+                batch, size = [], 0
+                while families and (not batch or size * n < len(free)):
+                    batch.append(families.pop(0))
+                    size += len(batch[-1])
+                lengths = torch.tensor([len(prompts[family[0]]) for family in batch], device=device)
+                ids = torch.zeros(len(batch), int(lengths.max()), dtype=torch.long)
+                for row, family in enumerate(batch):
+                    ids[row, : len(prompts[family[0]])] = torch.tensor(prompts[family[0]])
+                source = KVCache(model.config, *ids.shape, running.cache.k.dtype, device)
+                hidden = model.hidden(ids.to(device), source, lengths)
+                members = [(i, row) for row, family in enumerate(batch) for i in family]
+                first = model.logits(hidden[[row for _, row in members], [len(prompts[i]) - 1 for i, _ in members]])
+                waiting = [(i, s, row, m) for m, (i, row) in enumerate(members) for s in range(n)]
+                counts["prefilled"] += int(lengths.sum())
+            now, waiting = waiting[: len(free)], waiting[len(free) :]
+            u = np.concatenate([uniforms(seed, prompts[i], [s], width) for i, s, _, _ in now])
+            running.admit(free[: len(now)], [(i, s) for i, s, _, _ in now], source, [row for _, _, row, _ in now],
+                          [len(prompts[i]) for i, *_ in now], first[[m for *_, m in now]], u,
+                          [budgets[i] for i, *_ in now])  # fmt: skip
+            free = free[len(now) :]
+        busy = sum(owner is not None for owner in running.owner)
+        if not busy:
+            break
+        if not waiting and not families and busy <= len(running.owner) // 2:
+            running.shrink()
+        total = len(running.owner)  # refill in portions: a prefill of one row costs nearly as much as one of thirty
+        enough = max(1, total // 8) if waiting or families else total - busy + max(1, busy // 2)
+        while int(running.done.sum()) < min(enough, total):
+            for _ in range(patience):
+                running.step()
+    counts["decoded"] = sum(len(ids) for samples in results for ids in samples)
+    if stats is not None:
+        for key, value in counts.items():
+            stats[key] = stats.get(key, 0) + value
+    return results
+
+
+# ---------------------------------------------------------------- solutions: drawn, judged, chosen
+
+
+def solution_row(ids, problem, tokenizer):
+    """A drawn solution as it stands in the files: ids for training, text for people, whether it ended and is right."""
+    ended = bool(ids) and ids[-1] == tokenizer.eos_id
+    text = tokenizer.decode(ids[:-1] if ended else ids)
+    return dict(ids=ids, text=text, ended=ended, correct=ended and is_correct(text, problem.answer))
+
+
+def sample(policy, problems, path, *, n, max_new_tokens, temperature, seed, progress=True):
+    """n solutions of every problem by `policy`, as rows of the JSONL file `path`; problems already there are kept.
+
+    A row: {id, temperature, samples: [{ids, text, ended, correct}, ...]}. Returns {problem id: row}.
+    """
+    rows = {row["id"]: row for row in read_rows(path)}
+    todo = [p for p in problems if p.id not in rows]
+    bar = tqdm(total=len(problems), initial=len(rows), desc="sample", unit="problem", disable=None if progress else True)
+    size = max(16, 4096 // n)  # problems between two writes: what a crash can cost
+    for start in range(0, len(todo), size):
+        batch = todo[start : start + size]
+        drawn = policy.generate([policy.prompt(p) for p in batch], n=n, max_new_tokens=max_new_tokens,
+                                temperature=temperature, seed=seed)  # fmt: skip
+        new = []
+        for problem, samples in zip(batch, drawn, strict=True):
+            solutions = [solution_row(ids, problem, policy.tokenizer) for ids in samples]
+            new.append(dict(id=problem.id, temperature=temperature, samples=solutions))
+        append_rows(path, new)
+        rows.update((row["id"], row) for row in new)
+        bar.update(len(batch))
+    bar.close()
+    return rows
+
+
+def unique(solutions):
+    """The solutions without repetitions: one for each list of equations, or for each text that has none."""
+    seen = {}
+    for solution in solutions:
+        seen.setdefault(equation_key(solution["text"]) or solution["text"], solution)
+    return list(seen.values())
+
+
+def select_diverse(solutions, limit=4):
+    """At most `limit` of the solutions, far from each other: RFT's filter. Greedy: the first, then again and again
+    the one whose edit distances (over token ids, relative to the longer text) to those chosen sum to the most."""
+    rest, chosen = unique(solutions), []
+    far = [0.0] * len(rest)
+    while rest and len(chosen) < limit:
+        i = int(np.argmax(far))
+        chosen.append(rest.pop(i))
+        far.pop(i)
+        if len(chosen) < limit:
+            a = chosen[-1]["ids"]
+            far = [f + edit_distance(a, b["ids"]) / max(len(a), len(b["ids"])) for f, b in zip(far, rest, strict=True)]
+    return chosen
+
+
+# ---------------------------------------------------------------- values of steps
+
+
+def first_pit(values):
+    """Index (>= 1) of the first step with the least Q among those looked at (Algorithm 1). values: [V(x), Q_1..Q_L],
+    None where not looked at."""
+    looked_at = [t for t in range(1, len(values)) if values[t] is not None]
+    return min(looked_at, key=lambda t: values[t])
+
+
+def advantages(values):
+    """A_i = Q_i - Q_{i-1} of steps 1..L (Eq. 3), from [V(x), Q_1..Q_L]."""
+    return [after - before for before, after in zip(values, values[1:])]
+
+
+def best_of(q, k):
+    """Q of the policy "best of k", for a success rate q of one sample (paper 3.2)."""
+    return 1 - (1 - q) ** k
+
+
+def probe(scan, values):
+    """Which prefixes to look at next, given [V(x), Q_1..Q_L] with None where not known; [] when the pit is settled.
+
+    full: all of them; first: one after another up to the first that is 0; bisect: halve between the last known good
+    and the first known 0, which finds the same pit where values do not come back from 0.
+    """
+    if scan == "full":
+        return [t for t, v in enumerate(values) if v is None]
+    zero = next(t for t in range(1, len(values)) if values[t] == 0)  # a wrong solution ends in 0
+    good = max(t for t in range(zero) if values[t] is not None)
+    if zero - good == 1:
+        return []
+    return [good + 1 if scan == "first" else (good + zero) // 2]
+
+
+def estimate_values(policy, problems, solutions, path, *, k, scan, max_new_tokens, temperature, seed):
+    """Monte Carlo values of the steps of `solutions`, rows of the JSONL file `path`; solutions already there are kept.
+
+    solutions: {(problem id, sample number): (ids, correct, V(x))}, V(x) being the share of the problem's samples that
+    are right. A row: {id, sample, correct, ids, ends, values, pit, right}: `ends` are the token counts at which the
+    steps end, values [V(x), Q_1..Q_L] the means over k rollouts (null: not looked at; Q_L: the checker's verdict),
+    `right` the distinct correct continuations found just before the pit.
+    Wrong solutions are scanned by `scan`; correct ones have no zero to stop at and are scanned in full.
+    """
+    rows = {(row["id"], row["sample"]): row for row in read_rows(path)}
+    todo = [key for key in solutions if key not in rows]
+    bar = tqdm(total=len(solutions), initial=len(rows), desc="values", unit="solution", disable=None)
+    for start in range(0, len(todo), 1024):
+        new, found = {}, {}  # found: {(problem id, prefix): correct continuations}
+        for key in todo[start : start + 1024]:
+            ids, correct, v = solutions[key]
+            steps = split_steps(ids, policy.tokenizer, problems[key[0]].style)
+            ends = np.cumsum([len(step) for step in steps]).tolist()
+            new[key] = dict(id=key[0], sample=key[1], correct=correct, ids=ids, ends=ends, text=policy.tokenizer.decode(ids),
+                            values=[v] + [None] * (len(ends) - 1) + [float(correct)])  # fmt: skip
+
+        def ask(requests):
+            """Roll out from (key, prefix) pairs; equal prefixes are asked once. Returns success rates."""
+            asked = [r for r in dict.fromkeys((key[0], tuple(prefix)) for key, prefix in requests) if r not in found]
+            drawn = policy.generate([policy.prompt(problems[i]) + list(prefix) for i, prefix in asked], n=k, seed=seed + 1,
+                                    max_new_tokens=[max_new_tokens - len(prefix) for _, prefix in asked],
+                                    temperature=temperature)  # fmt: skip
+            for (i, prefix), ends in zip(asked, drawn, strict=True):
+                right = [e for e in ends if solution_row([*prefix, *e], problems[i], policy.tokenizer)["correct"]]
+                found[i, prefix] = len(right) / k, right
+            return [found[key[0], tuple(prefix)][0] for key, prefix in requests]
+
+        def prefix(row, t):
+            return row["ids"][: row["ends"][t - 1]] if t else []
+
+        while True:
+            wanted = [(key, t) for key, row in new.items() for t in probe("full" if row["correct"] else scan, row["values"])]
+            if not wanted:
+                break
+            for (key, t), q in zip(wanted, ask([(key, prefix(new[key], t)) for key, t in wanted]), strict=True):
+                new[key]["values"][t] = q
+        for key, row in new.items():
+            row["pit"] = first_pit(row["values"])
+            right = found.get((key[0], tuple(prefix(row, row["pit"] - 1))), (0, []))[1]
+            row["right"] = [list(r) for r in dict.fromkeys(map(tuple, right))]
+        append_rows(path, list(new.values()))
+        rows.update(new)
+        bar.update(len(new))
+    bar.close()
+    return rows
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def make_pairs(form, policy, problems, rollouts, values, seed=0, limit=8):
+    """Preference pairs (prompt, chosen, rejected) from what was sampled and valued; at most `limit` a problem.
+
+    form            prompt            chosen                              rejected
+    continuation    x + y_{1:c-1}     a right continuation found there    the pit step y_c           (Self-Explore)
+    step            x + y_{1:c-1}     the first step of one of those      the pit step y_c           (Theorem 6.1)
+    algorithm1      x                 a right solution of x               y_{1:c}, with its pit      (as printed)
+    response        x                 a right solution of x, any          a wrong one, any           (the control)
+    farthest        x                 the right one of most edits         a wrong one                (Pal et al.)
+
+    The end of text stands exactly where a solution ended: never behind a step that was cut out. Returns rows {id,
+    form, pit, prompt, chosen, rejected, prompt_ids, chosen_ids, rejected_ids}; the texts are for trl, which ends them
+    on its own.
+    """
+    rng, pairs, count = np.random.default_rng(seed), [], Counter()
+    for row in values.values():
+        if row["correct"] or count[row["id"]] >= limit:
+            continue
+        ids, pit, prompt = row["ids"], row["pit"], policy.prompt(problems[row["id"]])
+        start, end = ([0] + row["ends"])[pit - 1], row["ends"][pit - 1]
+        right = unique([s for s in rollouts[row["id"]]["samples"] if s["correct"]])
+        right = [right[i]["ids"] for i in rng.permutation(len(right))]
+        if form in ("continuation", "step"):
+            prompt, rejected = prompt + ids[:start], ids[start:end]
+            # the shortest says least that is beside the point; before the first step any right solution will do
+            chosen = sorted(row["right"], key=len) or (right if start == 0 else [])
+            if form == "step":
+                chosen = [split_steps(c, policy.tokenizer, problems[row["id"]].style)[0] for c in chosen]
+        else:
+            rejected = ids[:end] if form == "algorithm1" else ids
+            chosen = sorted(right, key=lambda r: -edit_distance(r, ids)) if form == "farthest" else right
+        chosen = [c for c in chosen if c[: len(rejected)] != rejected]  # the same way on is no preference
+        if chosen:
+            count[row["id"]] += 1
+            sides = dict(prompt=prompt, chosen=chosen[0], rejected=rejected)
+            texts = {k: policy.tokenizer.decode([i for i in v if i != policy.tokenizer.eos_id]) for k, v in sides.items()}
+            pairs.append(dict(id=row["id"], form=form, pit=pit, **texts, **{f"{k}_ids": v for k, v in sides.items()}))
+    return pairs
+
+
+# ---------------------------------------------------------------- command line
+
+
+@dataclass
+class RolloutConfig:
+    model: str = flag("", "Hugging Face folder of the policy")
+    data: str = flag("", "JSONL of problems")
+    out: str = flag("runs/rollouts", "folder for rollouts.jsonl, values.jsonl, pairs.jsonl")
+    limit: int = flag(0, "use the first problems only; 0 = all")
+    prompt: str = flag(DEFAULT_PROMPT, "prompt format, {question} is replaced")
+    samples: int = flag(8, "solutions a problem")
+    temperature: float = flag(0.7, "sampling temperature; 0 is greedy")
+    max_new_tokens: int = flag(256, "tokens a solution may have")
+    values: int = flag(0, "K: rollouts a step prefix; 0 = no values")
+    negatives: int = flag(8, "wrong solutions valued a problem")
+    positives: int = flag(0, "correct solutions valued a problem")
+    scan: str = flag("first", "full, first (stop at the first pit) or bisect")
+    pairs: str = flag("", "continuation, step, algorithm1, response or farthest; empty = no pairs")
+    seed: int = flag(0, "of the random streams")
+    slots: int = flag(0, "rows that decode together; 0 = as fits in memory")
+    device: str = flag("", "cpu or cuda; empty = cuda where there is one")
+    dtype: str = flag("", "float32, bfloat16 or float16; empty = bfloat16 on cuda, else float32")
+    threads: int = flag(0, "CPU threads; 0 = two for a small model, else all cores")
+
+
+def to_value(problems, rollouts, negatives, positives):
+    """The solutions to value: for each problem at most so many wrong and correct ones that ended, all different."""
+    chosen = {}
+    for problem in problems:
+        samples = rollouts[problem.id]["samples"]
+        v = sum(s["correct"] for s in samples) / len(samples)  # V(x), for nothing
+        room, seen = {True: positives, False: negatives}, set()
+        for i, s in enumerate(samples):
+            if room[s["correct"]] > 0 and s["ended"] and tuple(s["ids"]) not in seen:
+                room[s["correct"]] -= 1
+                seen.add(tuple(s["ids"]))
+                chosen[problem.id, i] = s["ids"], s["correct"], v
+    return chosen
+
+
+def main():
+    config = parse(RolloutConfig, __doc__)
+    problems, policy = read_problems(config.data, config.limit or None), load_policy(config.model, config)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "rollout_config.json", asdict(config))
+    drawing = dict(max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed)
+    rollouts = sample(policy, problems, out / "rollouts.jsonl", n=config.samples, **drawing)
+    samples = [s for row in rollouts.values() for s in row["samples"]]
+    print(f"{len(samples)} solutions of {len(rollouts)} problems, {np.mean([s['correct'] for s in samples]):.1%} right")
+    if config.values:
+        chosen = to_value(problems, rollouts, config.negatives, config.positives)
+        by_id = {p.id: p for p in problems}
+        values = estimate_values(policy, by_id, chosen, out / "values.jsonl", k=config.values, scan=config.scan,
+                                 **drawing)  # fmt: skip
+        print(f"{len(values)} solutions valued; tokens so far: {policy.stats}")
+        if config.pairs:
+            pairs = make_pairs(config.pairs, policy, by_id, rollouts, values, config.seed, config.negatives)
+            (out / "pairs.jsonl").unlink(missing_ok=True)
+            append_rows(out / "pairs.jsonl", pairs)
+            print(f"{len(pairs)} pairs")
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,512 @@
+r"""Training: supervised fine-tuning, learning from right solutions (pos), learning from wrong ones (neg).
+
+The one idea: a step of a solution is an action, and its advantage says whether to do it again. Imitation (Eq. of
+section 3: SFT, RFT) copies every step of a right solution, also those that are beside the point. The per-step loss takes
+the one step that ruined a wrong solution and makes it less likely than a better step from the same place.
+
+    python train.py --mode neg                     # built-in task, from nothing to a table, minutes on two cores
+    python train.py --mode pos                     # same folder: reuses SFT and rollouts, adds its row to the table
+    python train.py --mode neg --model FOLDER --data problems.jsonl --test-data test.jsonl
+
+    base --SFT on D--> sft (final), generator (under-trained: the first epochs)
+    generator --samples--> rollouts.jsonl --right, <= 4 diverse--> base --NLL on D and D+--> pos
+                                          --wrong, Q of each step, first pit--> pairs.jsonl --Eq. 1--> neg
+
+    NLL    - sum over solution tokens of log pi(y_t | x, y_<t) / tokens of the batch
+    Eq. 1  - log sigmoid( beta log pi(+y|x)/ref(+y|x) - beta log pi(-y|x)/ref(-y|x) )        per pair, log-probs summed
+    Eq. 4  - sum_i exp(A_i / beta) log pi(y_i | x, y_<i)                                     --loss awr
+
+Differences from the paper:
+1. Positives for `pos` are D and D+ together (the paper's RFT set is D+ alone, from many more samples).
+2. `neg` trains a copy of `pos`'s recipe that has also seen the right continuations found before pits, and this is the
+   reference of Eq. 1 (Self-Explore's choice; the paper's equation says sft). --nll keeps the likelihood term beside it.
+3. AdamW instead of RMSprop.
+"""
+
+import csv
+import itertools
+import math
+import os
+import platform
+import subprocess
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from data import DEFAULT_PROMPT, builtin_tokenizer, judge_steps, load_problems
+from evaluate import evaluate, table
+from model import GPT, Config
+from rollout import (
+    Policy,
+    UsageError,
+    advantages,
+    append_rows,
+    entry,
+    estimate_values,
+    flag,
+    load_policy,
+    make_pairs,
+    parse,
+    sample,
+    select_diverse,
+    to_value,
+    write_json,
+)
+
+# ---------------------------------------------------------------- losses
+
+
+def collate(sequences, device):
+    """(prompt, response) pairs of id lists -> ids int64 (B, T), right-padded, and where responses are predicted: bool
+    (B, T-1), True at [b, t] if token t+1 belongs to the response. From lengths: a pad may look like end of text."""
+    T = max(len(p) + len(r) for p, r in sequences)
+    ids = torch.zeros(len(sequences), T, dtype=torch.long)
+    mask = torch.zeros(len(sequences), T - 1, dtype=torch.bool)
+    for b, (p, r) in enumerate(sequences):
+        ids[b, : len(p) + len(r)] = torch.tensor(p + r)
+        mask[b, len(p) - 1 : len(p) + len(r) - 1] = True
+    return ids.to(device), mask.to(device)
+
+
+def token_logprobs(model, sequences, chunk=2**24):
+    """log pi of every response token, float32 (N,), row after row; the one place that shifts and masks.
+
+    Logits exist only where the mask is on, `chunk` of them at a time, and are made again in the backward pass: the full
+    fp32 log-softmax over a large vocabulary is what runs out of memory first.
+    """
+    ids, mask = collate(sequences, next(model.parameters()).device)
+    hidden, target = model.hidden(ids[:, :-1])[mask], ids[:, 1:][mask]  # (N, C), (N,)
+
+    def logprobs(hidden, target):
+        return -F.cross_entropy(model.logits(hidden).float(), target, reduction="none")
+
+    size = max(1, chunk // model.config.vocab_size)
+    parts = zip(hidden.split(size), target.split(size), strict=True)
+    return torch.cat([checkpoint(logprobs, h, t, use_reentrant=False) if len(hidden) > size else logprobs(h, t)
+                      for h, t in parts])  # fmt: skip
+
+
+def sequence_logprobs(model, sequences):
+    """Summed log pi of each response, float32 (B,): Eq. 1 says sum, so a long answer weighs more than a short one."""
+    values = token_logprobs(model, sequences)
+    rows = torch.repeat_interleave(torch.tensor([len(r) for _, r in sequences], device=values.device))
+    return torch.zeros(len(sequences), device=values.device).index_add(0, rows, values)
+
+
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """Eq. 1 per pair, from summed log-probabilities, all (B,). Returns (loss, margin); at the reference ln 2 and 0."""
+    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    return -F.logsigmoid(margin), margin
+
+
+def awr_weights(values, ends, beta, largest=20.0):
+    """Eq. 4's weight of every token of a solution: exp(A_i / beta) of its step, at most `largest`."""
+    steps = advantages(values)
+    weights = [min(largest, math.exp(a / beta)) for a in steps]
+    return [w for w, start, end in zip(weights, [0, *ends], ends) for _ in range(end - start)]
+
+
+# ---------------------------------------------------------------- the loop
+
+
+@dataclass
+class Example:
+    """A solution to imitate: ids of prompt and response, and a weight per response token (None: all 1)."""
+
+    id: str
+    prompt: list
+    response: list
+    weights: list | None = None
+
+
+def draw(n, batch, step, seed):
+    """Indices of the batch of a step: walks through one permutation of range(n) after another. A function of (seed,
+    step) alone, so that a resumed run neither skips nor repeats a batch."""
+    return [int(order(n, i // n, seed)[i % n]) for i in range(step * batch, (step + 1) * batch)]
+
+
+@lru_cache(maxsize=4)
+def order(n, epoch, seed):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def micro_batches(items, length, tokens):
+    """Items sorted by length in groups of at most `tokens` padded tokens (or of one item). The longest come first: if
+    memory runs out, then in the first step and not after an hour."""
+    groups = []
+    for item in sorted(items, key=length, reverse=True):
+        if groups and length(groups[-1][0]) * (len(groups[-1]) + 1) <= tokens:
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return groups
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear warm-up over the share `warmup` of the steps, then a cosine to a tenth of the peak."""
+    up = max(1, round(warmup * steps))
+    if step < up:
+        return peak * (step + 1) / up
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - up) / max(1, steps - up))))
+
+
+def backward(model, examples, pairs, c):
+    """Adds the gradient of one batch, micro-batch by micro-batch, each divided by the counts of the whole batch, so
+    that the micro-batch size never changes the gradient. Returns the numbers for the log (sums of per-batch shares)."""
+    log = Counter()
+    total = sum(len(e.response) for e in examples)
+    for group in micro_batches(examples, lambda e: len(e.prompt) + len(e.response), c.micro_tokens):
+        values = token_logprobs(model, [(e.prompt, e.response) for e in group])
+        if group[0].weights is not None:
+            values = values * torch.tensor([w for e in group for w in e.weights], device=values.device)
+        nll = -values.sum() / total
+        (c.nll * nll if pairs else nll).backward()
+        log["nll"] += nll.item()
+    longest = lambda p: len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"]))  # noqa: E731
+    for group in micro_batches(pairs, longest, c.micro_tokens // 2):
+        both = sequence_logprobs(model, sides(group))
+        chosen, rejected = both[: len(group)], both[len(group) :]
+        reference = torch.tensor([p["reference"] for p in group], device=both.device)
+        loss, margin = dpo_loss(chosen, rejected, *reference.T, c.beta)
+        (loss.sum() / len(pairs)).backward()
+        log.update(dpo=loss.sum().item() / len(pairs), margin=margin.sum().item() / len(pairs),
+                   accuracy=(margin > 0).sum().item() / len(pairs), chosen=chosen.sum().item() / len(pairs),
+                   rejected=rejected.sum().item() / len(pairs))  # fmt: skip
+    log["loss"] = log["nll"] * (c.nll if pairs else 1) + log["dpo"]
+    log["tokens"] = sum(len(e.prompt) + len(e.response) for e in examples) + sum(map(longest, pairs))
+    return log
+
+
+def sides(pairs):
+    return [(p["prompt_ids"], p["chosen_ids"]) for p in pairs] + [(p["prompt_ids"], p["rejected_ids"]) for p in pairs]
+
+
+@torch.no_grad()
+def add_reference(model, pairs, tokens):
+    """The reference's log-probabilities of both sides, computed once: it is frozen."""
+    for group in micro_batches(pairs, lambda p: len(p["prompt_ids"]) + len(p["chosen_ids"]), tokens // 2):
+        both = sequence_logprobs(model, sides(group)).tolist()
+        for p, chosen, rejected in zip(group, both[: len(group)], both[len(group) :], strict=True):
+            p["reference"] = [chosen, rejected]
+
+
+def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=None):
+    """Train policy.model in place and save it to `folder`, unless it is there already: then load it.
+
+    examples get the likelihood (Eq. 4's weights where they have some), pairs the per-step loss; an epoch is one pass
+    over the examples, or over the pairs where there is no likelihood term. keep_at: (epoch, folder) keeps an early copy.
+    Goes on from a checkpoint in `folder`: N steps are k, a stop, and N - k, bit for bit.
+    """
+    model, folder, name = policy.model, Path(folder), Path(folder).name
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "model.safetensors").exists():
+        reload(policy, folder)
+        return
+    if pairs and not c.nll:
+        examples = []
+    n = len(examples) or len(pairs)
+    steps = max(1, round(epochs * n / c.batch))
+    model.gradient_checkpointing = bool(c.gradient_checkpointing)
+    add_reference(model, pairs, c.micro_tokens)
+    weights = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(weights.values(), lr=lr, betas=(0.9, 0.99), weight_decay=c.weight_decay, fused=True)
+    checkpoint_path = folder / "checkpoint.safetensors"
+    start = load_checkpoint(checkpoint_path, weights, optimizer, steps)
+    cut_log(log_path, name, start)
+    if not start and examples:
+        show(policy, examples[0], pairs[0] if pairs else None)
+    bar, saved = tqdm(total=steps, initial=start, desc=name, unit="step", disable=None), time.monotonic()
+    for step in range(start, steps):
+        began = time.monotonic()
+        batch = [examples[i] for i in draw(len(examples), c.batch, step, c.seed)] if examples else []
+        chosen = [pairs[i] for i in draw(len(pairs), c.batch, step, c.seed)] if pairs else []
+        log = backward(model, batch, chosen, c)
+        norm = torch.nn.utils.clip_grad_norm_(weights.values(), c.clip).item()
+        if not math.isfinite(log["loss"] + norm):
+            ids = [e.id for e in batch] + [p["id"] for p in chosen]
+            raise UsageError(f"{name}: loss {log['loss']} and gradient norm {norm} in step {step}, on problems "
+                             f"{', '.join(sorted(set(ids)))}; lower --lr; the last good checkpoint stands")  # fmt: skip
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr, c.warmup)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        write_log(log_path, name, step, log, optimizer.param_groups[0]["lr"], norm, time.monotonic() - began)
+        bar.set_postfix(loss=f"{log['loss']:.3f}", **({"margin": f"{log['margin']:.2f}"} if pairs else {}), refresh=False)
+        bar.update()
+        if keep_at and step + 1 == max(1, round(steps * keep_at[0] / epochs)):
+            save(policy, keep_at[1])
+        if time.monotonic() - saved > c.save_seconds:
+            save_checkpoint(checkpoint_path, weights, optimizer, step + 1)
+            saved = time.monotonic()
+    bar.close()
+    save(policy, folder)
+    checkpoint_path.unlink(missing_ok=True)
+
+
+def save(policy, folder):
+    """A Hugging Face folder. The weights come last: a folder that has them is complete."""
+    policy.tokenizer.save(folder)
+    policy.model.save_pretrained(folder)
+
+
+def reload(policy, folder):
+    p = next(policy.model.parameters())
+    policy.model = GPT.from_pretrained(folder, dtype=p.dtype, device=p.device)
+
+
+def save_checkpoint(path, weights, optimizer, step):
+    """Weights and optimizer state in one file, written under a temporary name and renamed."""
+    tensors = {f"weight.{name}": p.detach() for name, p in weights.items()}
+    for name, p in weights.items():
+        tensors |= {f"{key}.{name}": value for key, value in optimizer.state[p].items() if key != "step"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: t.contiguous() for k, t in tensors.items()}, f"{path}.tmp", metadata={"step": str(step)})
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path, weights, optimizer, steps):
+    """Put a checkpoint back, read on the CPU first; returns the steps done, 0 where there is none."""
+    if not path.exists():
+        return 0
+    try:
+        with safe_open(path, framework="pt") as file:
+            step, tensors = int(file.metadata()["step"]), {key: file.get_tensor(key) for key in file.keys()}
+        with torch.no_grad():
+            for name, p in weights.items():
+                p.copy_(tensors[f"weight.{name}"])
+                optimizer.state[p] = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[p]["step"] = torch.tensor(float(step), device=p.device)
+    except (SafetensorError, KeyError, RuntimeError, TypeError) as error:
+        raise UsageError(f"{path}: {str(error).splitlines()[0]}; expected our checkpoint; delete it to start over") from None
+    return min(step, steps)
+
+
+COLUMNS = "stage step loss nll dpo margin accuracy chosen rejected lr grad_norm tokens_per_s".split()
+
+
+def write_log(path, stage, step, log, lr, norm, seconds):
+    """One line of metrics.csv; see the README for what each column means."""
+    row = dict(log, stage=stage, step=step, lr=lr, grad_norm=norm, tokens_per_s=log["tokens"] / seconds)
+    new = not Path(path).exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", restval="")
+        if new:
+            writer.writeheader()
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def cut_log(path, stage, start):
+    """Drop the lines of steps that a resumed stage does again."""
+    if Path(path).exists():
+        with open(path, newline="") as file:
+            rows = [r for r in csv.reader(file)][1:]
+        keep = [r for r in rows if len(r) == len(COLUMNS) and (r[0] != stage or int(r[1]) < start)]
+        with open(f"{path}.tmp", "w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *keep])
+        os.replace(f"{path}.tmp", path)
+
+
+def show(policy, example, pair):
+    """Print what the loss sees, the masked prompt in brackets."""
+    decode = policy.tokenizer.decode
+    if pair:
+        print(f"a pair: [{decode(pair['prompt_ids'])}]\n  chosen:   {decode(pair['chosen_ids'])!r}\n  rejected: {decode(pair['rejected_ids'])!r}")
+    else:
+        print(f"an example, no loss on what stands in brackets: [{decode(example.prompt)}]{decode(example.response)}")
+
+
+# ---------------------------------------------------------------- the run
+
+BASE = Path(__file__).parent / "experiments" / "base"  # the pretrained start of the built-in tasks; --mode base makes it
+
+DEFAULTS = {  # what must differ by task, in one table; flags of the same name override it
+    # flag             arithmetic         star               a JSONL file
+    "prompt":          ("{question}\n",   "{question}",      DEFAULT_PROMPT),
+    "limit":           (800,              2000,              0),
+    "test_limit":      (1000,             1000,              0),
+    "max_new_tokens":  (64,               8,                 256),
+    "samples":         (16,               8,                 8),
+    "temperature":     (0.7,              1.0,               0.7),
+    "negatives":       (4,                4,                 4),
+    "rollouts":        (8,                8,                 5),
+    "batch":           (32,               64,                32),
+    "lr":              (1e-3,             1e-3,              2e-5),
+    "neg_lr":          (5e-5,             5e-5,              1e-6),
+    "sft_epochs":      (5.0,              10.0,              3.0),
+    "generator_epochs": (5.0,             2.0,               2.0),
+    "pos_epochs":      (8.0,              6.0,               3.0),
+    "neg_epochs":      (3.0,              3.0,               1.0),
+    "eval_samples":    (8,                0,                 0),
+}  # fmt: skip
+
+
+@dataclass
+class TrainConfig:
+    mode: str = flag("neg", "sft, pos (right solutions) or neg (wrong ones too); base pretrains the built-in task's start")
+    model: str = flag("", "Hugging Face folder to start from; empty = the built-in task's base")
+    data: str = flag("arithmetic", "arithmetic, star, or a JSONL file of problems with solutions")
+    test_data: str = flag("", "JSONL file to evaluate on; empty = every tenth problem of --data, kept out of training")
+    out: str = flag("", "run folder; empty = runs/TASK")
+    split: str = flag("test", "built-in tasks: evaluate on test, or on val to choose hyperparameters")
+    seed: int = flag(0, "of problems, batches and samples")
+    spurious: float = flag(0.2, "arithmetic: chance of a spurious step before each step of the teacher, 0 to 1")
+    steps: int = flag(4, "arithmetic: numbers that count, per problem")
+    distractors: int = flag(2, "arithmetic: numbers that do not count, per problem")
+    prompt: str | None = flag(None, "prompt format, {question} is replaced")
+    limit: int | None = flag(None, "training problems; 0 = all of the file")
+    test_limit: int | None = flag(None, "test problems; 0 = all of the file")
+    max_new_tokens: int | None = flag(None, "tokens a solution may have")
+    samples: int | None = flag(None, "solutions sampled per training problem")
+    temperature: float | None = flag(None, "of samples and rollouts; the losses know no other")
+    keep: int = flag(4, "right solutions kept per problem, the most diverse (RFT)")
+    negatives: int | None = flag(None, "wrong solutions valued per problem")
+    rollouts: int | None = flag(None, "K: Monte Carlo rollouts per step prefix")
+    scan: str = flag("first", "which steps are valued: full, first (up to the first pit) or bisect")
+    pairs: str = flag("continuation", "form of the pairs: continuation, step, algorithm1, response, farthest")
+    loss: str = flag("dpo", "of --mode neg: dpo (Eq. 1 on the pairs) or awr (Eq. 4, values every step)")
+    beta: float = flag(0.3, "of Eq. 1 and Eq. 4; the paper: 0.3 on GSM8K, 0.1 on MATH")
+    nll: float = flag(0.0, "weight of the likelihood of positives beside Eq. 1; 0 = Eq. 1 alone")
+    batch: int | None = flag(None, "examples (and pairs) per optimizer step")
+    micro_tokens: int = flag(16384, "padded tokens per forward pass; lower it when memory runs out")
+    lr: float | None = flag(None, "peak learning rate of sft and pos")
+    neg_lr: float | None = flag(None, "peak learning rate of the per-step loss")
+    sft_epochs: float | None = flag(None, "epochs of the reported SFT model")
+    generator_epochs: float | None = flag(None, "epochs after which the SFT run is copied as the under-trained generator")
+    pos_epochs: float | None = flag(None, "epochs over teacher's and own positives")
+    neg_epochs: float | None = flag(None, "epochs of the per-step loss")
+    warmup: float = flag(0.1, "share of the steps in which the learning rate rises")
+    weight_decay: float = flag(0.01, "of AdamW")
+    clip: float = flag(1.0, "largest norm of the gradient")
+    gradient_checkpointing: int = flag(0, "1: recompute activations in the backward pass, to save memory")
+    save_seconds: float = flag(60.0, "seconds between training checkpoints")
+    eval_samples: int | None = flag(None, "samples per test problem for pass@k and maj@k; 0 = greedy only")
+    slots: int = flag(0, "rows that decode together; 0 = as fits in memory")
+    device: str = flag("", "cpu or cuda; empty = cuda where there is one")
+    dtype: str = flag("", "float32, bfloat16 or float16; empty = bfloat16 on cuda, else float32")
+    threads: int = flag(0, "CPU threads; 0 = two for a small model, else all cores")
+
+
+def resolve(c):
+    """Fill in what depends on the task, and refuse what cannot be meant."""
+    column = {"arithmetic": 0, "star": 1}.get(c.data, 2)
+    c = replace(c, **{k: row[column] for k, row in DEFAULTS.items() if getattr(c, k) is None})
+    c = replace(c, out=c.out or f"runs/{Path(c.data).stem}", model=c.model or ("" if column == 2 else str(BASE)))
+    for key, allowed in {"mode": ("base", "sft", "pos", "neg"), "loss": ("dpo", "awr"), "scan": ("full", "first", "bisect"),
+                         "pairs": ("continuation", "step", "algorithm1", "response", "farthest")}.items():  # fmt: skip
+        if getattr(c, key) not in allowed:
+            raise UsageError(f"--{key} {getattr(c, key)}; expected {', '.join(allowed)}; choose one")
+    return c
+
+
+def make_base(c):
+    """Pretrain the start of the built-in tasks: clean solutions of problems shorter than the task's, so that it knows
+    the words and the sums but not yet the task. About four minutes on two cores; experiments/base holds the result."""
+    torch.manual_seed(c.seed)
+    torch.set_num_threads(c.threads or 2)
+    tokenizer = builtin_tokenizer()
+    config = Config.from_hf(dict(
+        model_type="llama", vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=192, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_id))  # fmt: skip
+    policy = Policy(GPT(config), tokenizer, c.prompt)
+    examples = []
+    for steps, distractors in itertools.product((1, 2, 3), (0, 1, 2)):
+        problems = load_problems("arithmetic", "train", c.limit // 9, 1000, 0.0, steps, distractors)
+        examples += [example(policy, p, tokenizer.encode(p.solution) + [tokenizer.eos_id]) for p in problems]
+    fit(policy, Path(c.out), Path(c.out) / "metrics.csv", examples, [], c, epochs=c.sft_epochs, lr=c.lr)
+
+
+def run(c):
+    if c.mode == "base":
+        return make_base(c)
+    out = Path(c.out)
+    out.mkdir(parents=True, exist_ok=True)
+    train, test = load_data(c)
+    write_json(out / "config.json", asdict(c) | provenance())
+    log, by_id = out / "metrics.csv", {p.id: p for p in train}
+    start = lambda: load_policy(c.model, c)  # noqa: E731
+    policy = start()
+    generator = out / "generator" if c.generator_epochs < c.sft_epochs else out / "sft"
+    early = (c.generator_epochs, generator) if generator.name == "generator" else None
+    teacher = [example(policy, p, policy.tokenizer.encode(p.solution) + [policy.tokenizer.eos_id]) for p in train]
+    fit(policy, out / "sft", log, teacher, [], c, epochs=c.sft_epochs, lr=c.lr, keep_at=early)
+    if c.mode != "sft":
+        policy = load_policy(generator, c)
+        drawing = dict(max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed)
+        rollouts = sample(policy, train, out / "rollouts.jsonl", n=c.samples, **drawing)
+        right = {p.id: [s for s in rollouts[p.id]["samples"] if s["correct"]] for p in train}
+        share = sum(map(len, right.values())) / (c.samples * len(train))
+        print(f"the generator is right on {share:.1%} of its samples")
+        positives = teacher + [example(policy, p, s["ids"]) for p in train for s in select_diverse(right[p.id], c.keep)]
+        if c.mode == "neg":
+            values = estimate_values(policy, by_id, to_value(train, rollouts, c.negatives, 0), out / "values.jsonl",
+                                     k=c.rollouts, scan=c.scan, **drawing)  # fmt: skip
+            pairs = make_pairs(c.pairs, policy, by_id, rollouts, values, c.seed, c.negatives)
+            (out / "pairs.jsonl").unlink(missing_ok=True)
+            append_rows(out / "pairs.jsonl", pairs)
+            print(pit_report(by_id, values), f"; {len(pairs)} pairs")
+        policy = start()
+        fit(policy, out / "pos", log, positives, [], c, epochs=c.pos_epochs, lr=c.lr)
+        if c.mode == "neg":
+            fit(policy, out / "neg", log, positives, pairs, c, epochs=c.neg_epochs, lr=c.neg_lr)
+    results = {}
+    for name in ("sft", "pos", "neg"):
+        if (out / name / "model.safetensors").exists():
+            policy = load_policy(out / name, c)
+            results[name] = evaluate(policy, test, out / name / "eval", max_new_tokens=c.max_new_tokens,
+                                     samples=c.eval_samples, temperature=c.temperature, seed=c.seed)  # fmt: skip
+    write_json(out / "results.json", results)
+    print(table(results))
+
+
+def example(policy, problem, response):
+    return Example(problem.id, policy.prompt(problem), list(response))
+
+
+def load_data(c):
+    if c.data in ("arithmetic", "star"):
+        world = dict(spurious=c.spurious, steps=c.steps, distractors=c.distractors)
+        return (load_problems(c.data, "train", c.limit, c.seed, **world),
+                load_problems(c.data, c.split, c.test_limit, **world))
+    problems = load_problems(c.data, limit=c.limit)
+    if c.test_data:
+        return problems, load_problems(c.test_data, limit=c.test_limit)
+    test = problems[9::10]
+    return [p for i, p in enumerate(problems) if i % 10 != 9], test[: c.test_limit or None]
+
+
+def pit_report(problems, values):
+    """What the pits are worth: on the built-in task against the truth, else by the chance that they are false."""
+    text, wrong = f"{len(values)} wrong solutions valued", [row for row in values.values() if not row["correct"]]
+    truth = [(row["pit"], judge_steps(problems[row["id"]], row["text"])) for row in wrong if problems[row["id"]].meta]
+    if truth:
+        hit = np.mean([labels[pit - 1] != "good" for pit, labels in truth if pit <= len(labels)])
+        first = np.mean([next(i for i, x in enumerate(labels + ["end"], 1) if x != "good") == pit for pit, labels in truth])
+        kinds = Counter(labels[pit - 1] for pit, labels in truth if pit <= len(labels))
+        text += f"; pits that are bad steps: {hit:.1%}, that are the first bad step: {first:.1%}; {dict(kinds)}"
+    return text
+
+
+def provenance():
+    """Where a result comes from: the commit, torch's version, the device."""
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+    return dict(commit=git.stdout.strip() or "unknown", torch=torch.__version__, device_name=device)
+
+
+def main():
+    run(resolve(parse(TrainConfig, __doc__)))
+
+
+if __name__ == "__main__":
+    entry(main)
