@@ -25,6 +25,7 @@ Differences from the paper:
 
 import csv
 import itertools
+import json
 import math
 import os
 import platform
@@ -432,7 +433,7 @@ def run(c):
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
     train, test = load_data(c)
-    write_json(out / "config.json", asdict(c) | provenance())
+    claim(c, out)
     log, by_id = out / "metrics.csv", {p.id: p for p in train}
     start = lambda: load_policy(c.model, c)  # noqa: E731
     policy = start()
@@ -449,8 +450,10 @@ def run(c):
         print(f"the generator is right on {share:.1%} of its samples")
         positives = teacher + [example(policy, p, s["ids"]) for p in train for s in select_diverse(right[p.id], c.keep)]
         if c.mode == "neg":
-            values = estimate_values(policy, by_id, to_value(train, rollouts, c.negatives, 0), out / "values.jsonl",
-                                     k=c.rollouts, scan=c.scan, **drawing)  # fmt: skip
+            awr = c.loss == "awr"  # weighs every step of right and wrong solutions, so it needs all their values
+            solutions = to_value(train, rollouts, c.negatives, c.keep if awr else 0)
+            values = estimate_values(policy, by_id, solutions, out / "values.jsonl", k=c.rollouts,
+                                     scan="full" if awr else c.scan, **drawing)  # fmt: skip
             pairs = make_pairs(c.pairs, policy, by_id, rollouts, values, c.seed, c.negatives)
             (out / "pairs.jsonl").unlink(missing_ok=True)
             append_rows(out / "pairs.jsonl", pairs)
@@ -458,6 +461,10 @@ def run(c):
         policy = start()
         fit(policy, out / "pos", log, positives, [], c, epochs=c.pos_epochs, lr=c.lr)
         if c.mode == "neg":
+            if awr:
+                weigh = lambda r: awr_weights(r["values"], r["ends"], c.beta)  # noqa: E731
+                pairs, positives = [], [replace(example(policy, by_id[r["id"]], r["ids"]), weights=weigh(r))
+                                        for r in values.values()]  # fmt: skip
             fit(policy, out / "neg", log, positives, pairs, c, epochs=c.neg_epochs, lr=c.neg_lr)
     results = {}
     for name in ("sft", "pos", "neg"):
@@ -467,6 +474,19 @@ def run(c):
                                      samples=c.eval_samples, temperature=c.temperature, seed=c.seed)  # fmt: skip
     write_json(out / "results.json", results)
     print(table(results))
+
+
+def claim(c, out):
+    """Store the configuration with the run; refuse a folder that another one has filled."""
+    mine, path = asdict(c) | provenance(), out / "config.json"
+    free = {"mode", "out", "slots", "device", "dtype", "threads", "save_seconds", *provenance()}  # change no result
+    if path.exists():
+        there = json.loads(path.read_text("utf-8"))
+        key = next((k for k in mine if k not in free and there.get(k) != mine[k]), None)
+        if key:
+            raise UsageError(f"{out} holds a run with {key} = {there.get(key)!r}, not {mine[key]!r}; "
+                             f"expected the same configuration; choose another --out")  # fmt: skip
+    write_json(path, mine)
 
 
 def example(policy, problem, response):
