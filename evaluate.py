@@ -14,10 +14,14 @@ policies are compared on the same problems, problem by problem, not by two inter
 """
 
 import math
+import platform
+import shutil
+import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data import DEFAULT_PROMPT, answers_equal, extract_answer, judge_steps, load_problems
 from rollout import entry, estimate_values, flag, load_policy, parse, read_rows, sample, to_value, write_json
@@ -42,17 +46,18 @@ def majority_right(texts, corrects, k):
     groups = []  # [answer, votes, right]; equal answers may be written differently
     for text, correct in zip(texts[:k], corrects[:k], strict=True):
         answer = extract_answer(text)
-        group = next((g for g in groups if answer is not None and g[0] is not None and answers_equal(g[0], answer)), None)
+        group = next((g for g in groups if answer and g[0] and answers_equal(g[0], answer)), None)
         if group is None:
             groups.append([answer, 1, correct])
         else:
             group[1] += 1
-    return bool(groups) and max(groups, key=lambda g: (g[0] is not None, g[1]))[2]
+    return bool(groups) and max(groups, key=lambda g: (bool(g[0]), g[1]))[2]
 
 
 def mcnemar(a, b):
     """Two-sided exact p that policies a and b are equally good, from their verdicts on the same problems."""
-    only_a, only_b = sum(x and not y for x, y in zip(a, b, strict=True)), sum(y and not x for x, y in zip(a, b, strict=True))
+    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
+    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
     n, low = only_a + only_b, min(only_a, only_b)
     tail = sum(math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2))
                for i in range(low + 1))  # fmt: skip
@@ -72,12 +77,13 @@ def evaluate(policy, problems, folder, *, max_new_tokens, samples=0, temperature
     call on the same folder goes on where the first one stopped. Returns a dict for results.json."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = sample(policy, problems, folder / "greedy.jsonl", n=1, max_new_tokens=max_new_tokens, temperature=0, seed=seed)
+    rows = sample(policy, problems, folder / "greedy.jsonl", n=1, max_new_tokens=max_new_tokens, temperature=0,
+                  seed=seed)  # fmt: skip
     greedy = [rows[p.id]["samples"][0] for p in problems]
     right = [s["correct"] for s in greedy]
     result = dict(problems=len(problems), accuracy=float(np.mean(right)), interval=wilson(sum(right), len(right)),
-                  ended=float(np.mean([s["ended"] for s in greedy])), tokens=float(np.mean([len(s["ids"]) for s in greedy])),
-                  correct=right)  # fmt: skip
+                  ended=float(np.mean([s["ended"] for s in greedy])),
+                  tokens=float(np.mean([len(s["ids"]) for s in greedy])), correct=right)  # fmt: skip
     labels = [judge_steps(p, s["text"]) for p, s in zip(problems, greedy, strict=True) if p.meta]
     if labels:  # only the built-in task knows the truth of a step
         result["spurious"] = float(np.mean([sum(x in ("irrelevant", "slip") for x in row) for row in labels]))
@@ -97,7 +103,8 @@ def table(results):
     """The results of several policies {name: result} as text; the first is the one the others are compared with."""
     first = next(iter(results.values()))
     columns = [k for k in first if "@" in k] + (["spurious"] if "spurious" in first else [])
-    lines = [f"{'':6}{'greedy':>8}  {'95% interval':15}" + "".join(f"{c:>10}" for c in columns) + f"   {'against ' + next(iter(results))}"]
+    head = f"{'':6}{'greedy':>8}  {'95% interval':15}" + "".join(f"{c:>10}" for c in columns)
+    lines = [head + (f"   {'against ' + next(iter(results))}" if len(results) > 1 else "")]
     for name, r in results.items():
         line = f"{name:6}{r['accuracy']:8.1%}  {r['interval'][0]:6.1%} - {r['interval'][1]:<6.1%}"
         line += "".join(f"{r[c]:>10.1%}" if "@" in c else f"{r[c]:>10.2f}" for c in columns)
@@ -109,12 +116,38 @@ def table(results):
 
 
 def q_by_step(policy, problems, solutions, folder, *, k, max_new_tokens, temperature, seed):
-    """Average Q of the first, second, ... step of given solutions under `policy` (Fig. 7). solutions: as `to_value`."""
-    rows = estimate_values(policy, {p.id: p for p in problems}, solutions, Path(folder) / "values.jsonl", k=k, scan="full",
-                           max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)  # fmt: skip
+    """Average Q of the first, second, ... step of solutions (as of `to_value`) under `policy` (Fig. 7)."""
+    by_id, path = {p.id: p for p in problems}, Path(folder) / "values.jsonl"
+    rows = estimate_values(policy, by_id, solutions, path, k=k, scan="full", max_new_tokens=max_new_tokens,
+                           temperature=temperature, seed=seed)  # fmt: skip
     longest = max((len(row["values"]) for row in rows.values()), default=1)
     at = [[row["values"][t] for row in rows.values() if t < len(row["values"])] for t in range(1, longest)]
     return [dict(step=t, q=float(np.mean(qs)), solutions=len(qs)) for t, qs in enumerate(at, 1)]
+
+
+def pit_report(problems, values, k):
+    """What the pits found are worth: on the built-in task against the truth, elsewhere by the chance of a false one.
+
+    A step from which a share q of all rollouts would succeed looks like a pit with chance (1 - q)^k; q is taken from
+    the step before the pit, as if the pit had done no harm: an upper bound of what chance alone explains."""
+    wrong = [row for row in values.values() if not row["correct"]]
+    text = f"{len(wrong)} wrong solutions valued"
+    truth = [(row["pit"], judge_steps(problems[row["id"]], row["text"])) for row in wrong if problems[row["id"]].meta]
+    if truth:
+        bad = [labels[pit - 1] != "good" for pit, labels in truth]
+        first = [next((i for i, x in enumerate(labels, 1) if x != "good"), 0) == pit for pit, labels in truth]
+        return f"{text}; pits that are bad steps: {np.mean(bad):.1%}, that are the first bad step: {np.mean(first):.1%}"
+    before = [row["values"][row["pit"] - 1] for row in wrong]
+    false = [(1 - q) ** k for q in before if q is not None]
+    return f"{text}; a pit is false with chance {np.mean(false):.1%} at most" if false else text
+
+
+def provenance():
+    """Where a result comes from: the commit, torch's version, the device."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return dict(commit=commit or "unknown", torch=torch.__version__, device_name=device)
 
 
 @dataclass
@@ -146,13 +179,14 @@ def main():
             policy = load_policy(folder, c)
             results[name] = evaluate(policy, problems, out / name, max_new_tokens=c.max_new_tokens, samples=c.samples,
                                      temperature=c.temperature, seed=c.seed)  # fmt: skip
-    write_json(out / "results.json", dict(config=asdict(c), **results))
+    write_json(out / "results.json", dict(config=asdict(c) | provenance(), **results))
     print(table(results))
     if c.values:
         rows = {row["id"]: row for row in read_rows(out / "model" / "greedy.jsonl")}
         steps = q_by_step(policy, problems, to_value(problems, rows, 1, 1), out / "model", k=c.values,
                           max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed)  # fmt: skip
-        print("\n".join(f"step {s['step']:2}  Q {s['q']:.3f}  {'#' * round(40 * s['q'])} ({s['solutions']})" for s in steps))
+        for s in steps:
+            print(f"step {s['step']:2}  Q {s['q']:.3f}  {'#' * round(40 * s['q'])} ({s['solutions']} solutions)")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ The one idea: the value of a step is the share of solutions that still come out 
     values.jsonl     each step of a solution as prefix: Q of the step, and where it fell to zero   (estimate_values)
     pairs.jsonl      a good and a bad way to go on from one prefix: D of Eq. 1                     (make_pairs)
 
-    python rollout.py --model FOLDER --data problems.jsonl --out runs/x            # samples only
-    python rollout.py --model FOLDER --data problems.jsonl --out runs/x --values 1 --pairs continuation
+    python rollout.py --model FOLDER --data problems.jsonl --out runs/x --samples 8 --values 5
 
     Eq. 2   Q(x, y_{1:i-1}; y_i) = E_{y_new ~ policy(. | x, y_{1:i})} r([y_{1:i}, y_new])
     3.2     Q_BoK = 1 - (1 - Q)^K, the paper's policy: the best of K = 5 rollouts
@@ -26,6 +25,7 @@ import json
 import os
 import sys
 from collections import Counter
+from itertools import pairwise
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -33,17 +33,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (
-    DEFAULT_PROMPT,
-    DataError,
-    Tokenizer,
-    edit_distance,
-    equation_key,
-    format_prompt,
-    is_correct,
-    read_problems,
-    split_steps,
-)
+from data import DEFAULT_PROMPT, DataError, Tokenizer, edit_distance, equation_key, format_prompt, is_correct
+from data import load_problems, split_steps
 from model import GPT, CheckpointError, KVCache
 
 # ---------------------------------------------------------------- what the three entry points share
@@ -98,7 +89,7 @@ def read_rows(path):
             rows.append(json.loads(line))
         except ValueError:
             if good + len(line) < len(raw):
-                raise DataError(f"{path}:{len(rows) + 1}: not JSON; expected one object a line; delete the file") from None
+                raise DataError(f"{path}:{len(rows) + 1}: not JSON; expected a row of ours; delete the file") from None
             break
         if not line.endswith(b"\n"):
             rows.pop()
@@ -124,20 +115,21 @@ def write_json(path, value):
     os.replace(temporary, path)
 
 
-def load_policy(folder, config, problems=()):
-    """The model and tokenizer in `folder`, on the device and in the dtype that `config` names or that suit it."""
+def load_policy(folder, config, train=False):
+    """The model and tokenizer in `folder`, on the device and in the dtype that `config` names or that suit it. A model
+    to train has fp32 weights, and the dtype is that of its activations: bf16 weights would lose small updates."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = config.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise UsageError(f"--dtype {dtype}; expected float32, bfloat16 or float16; choose one")
+    if dtype not in ("float32", "bfloat16"):
+        raise UsageError(f"--dtype {dtype}; expected float32 or bfloat16; choose one")
     try:
-        model = GPT.from_pretrained(folder, dtype=getattr(torch, dtype), device=device).eval()
+        model = GPT.from_pretrained(folder, dtype=torch.float32 if train else getattr(torch, dtype), device=device)
     except RuntimeError as error:  # torch's own words for a device that is not there
         raise UsageError(f"--device {device}: {str(error).splitlines()[0]}; expected cpu or cuda; choose one") from None
     if device == "cpu":  # measured: a model this small gains nothing from a third core
         small = sum(p.numel() for p in model.parameters()) < 5_000_000
         torch.set_num_threads(config.threads or min(2 if small else 64, os.cpu_count() or 1))
-    return Policy(model, Tokenizer.from_pretrained(folder), config.prompt, config.slots or None)
+    return Policy(model, Tokenizer.from_pretrained(folder), config.prompt, config.slots or None, dtype)
 
 
 @dataclass
@@ -148,6 +140,7 @@ class Policy:
     tokenizer: Tokenizer
     prompt_format: str
     slots: int | None = None
+    dtype: str = "float32"  # of the activations in training
     stats: dict = field(default_factory=dict)  # tokens prefilled and decoded so far
 
     def prompt(self, problem):
@@ -194,32 +187,24 @@ def choose(logits, u, temperature, top_p):
 class Slots:
     """Rows that decode together; a finished row gives its place to a waiting sample (continuous batching)."""
 
-    def __init__(self, model, rows, capacity, width, stop_ids, temperature, top_p, vocab_size):
+    def __init__(self, model, rows, capacity, width, stop_ids, pick):
         p = next(model.parameters())
-        self.model, self.temperature, self.top_p, self.vocab_size = model, temperature, top_p, vocab_size
+        self.model, self.pick = model, pick
         self.cache = KVCache(model.config, rows, capacity, p.dtype, p.device)
         self.stop = torch.tensor(sorted(stop_ids) or [-1], device=p.device)
         self.owner = [None] * rows  # (prompt, sample) of the row, None when free
-        long = dict(dtype=torch.long, device=p.device)
-        self.token, self.made, self.budget = (torch.zeros(rows, **long) for _ in range(3))
-        self.out, self.u = torch.zeros(rows, width, **long), torch.zeros(rows, width, device=p.device)
+        self.token, self.made, self.budget = torch.zeros(3, rows, dtype=torch.long, device=p.device)
+        self.out = torch.zeros(rows, width, dtype=torch.long, device=p.device)
+        self.u = torch.zeros(rows, width, device=p.device)
         self.done = torch.ones(rows, dtype=torch.bool, device=p.device)
 
-    def pick(self, logits, u):
-        if self.vocab_size is not None:  # rows of the embedding with no token behind them cannot be decoded
-            logits[..., self.vocab_size :] = float("-inf")
-        return choose(logits, u, self.temperature, self.top_p)
-
-    def admit(self, rows, owners, source, source_rows, lengths, logits, u, budgets):
-        """Start samples in free rows, from prompts prefilled in the cache `source`. Each draws its own first token."""
-        device = self.token.device
-        at, source_rows, lengths = (torch.tensor(x, device=device) for x in (rows, source_rows, lengths))
-        self.cache.copy_rows(source, source_rows, at, lengths)
-        self.u[at] = torch.from_numpy(u).to(device)
-        self.token[at] = token = self.pick(logits, self.u[at, 0])
-        self.out[at, 0], self.made[at], self.budget[at] = token, 1, torch.tensor(budgets, device=device)
-        self.done[at] = torch.isin(token, self.stop) | (self.budget[at] <= 1)
-        for row, owner in zip(rows, owners, strict=True):
+    def admit(self, rows, owners, u, budgets, logits):
+        """Start samples in rows whose cache holds their prompt. Each draws its own first token."""
+        self.u[rows] = torch.from_numpy(u).to(rows.device)
+        self.token[rows] = token = self.pick(logits, self.u[rows, 0])
+        self.out[rows, 0], self.made[rows], self.budget[rows] = token, 1, torch.tensor(budgets, device=rows.device)
+        self.done[rows] = torch.isin(token, self.stop) | (self.budget[rows] <= 1)
+        for row, owner in zip(rows.tolist(), owners, strict=True):
             self.owner[row] = owner
 
     def step(self):
@@ -242,13 +227,12 @@ class Slots:
         return free
 
     def shrink(self):
-        """Drop free rows when nobody waits: the last long rows should not decode beside empty ones."""
+        """Drop the free rows when nobody waits: the last long rows should not decode beside empty ones."""
         rows = [row for row, owner in enumerate(self.owner) if owner is not None]
-        keep = torch.tensor(rows, device=self.token.device)
+        keep, self.owner = torch.tensor(rows, device=self.token.device), [self.owner[row] for row in rows]
         self.cache.keep(keep)
         for name in ("token", "made", "budget", "out", "u", "done"):
             setattr(self, name, getattr(self, name)[keep])
-        self.owner = [self.owner[row] for row in rows]
 
 
 def default_slots(model, capacity):
@@ -256,6 +240,35 @@ def default_slots(model, capacity):
     p, c = next(model.parameters()), model.config
     room = torch.cuda.mem_get_info(p.device)[0] / 3 if p.is_cuda else 2**30
     return int(max(1, min(1024, room // (2 * c.n_layer * c.n_kv_head * c.head_dim * p.element_size() * capacity))))
+
+
+def nested(prompts):
+    """Indices of prompts in families [longest, those it begins with...], longest families first, so that rows of like
+    lengths decode together. In descending order a prompt stands behind every prompt that it begins."""
+    families = []
+    for i in sorted(range(len(prompts)), key=lambda i: prompts[i], reverse=True):
+        if families and prompts[families[-1][0]][: len(prompts[i])] == prompts[i]:
+            families[-1].append(i)
+        else:
+            families.append([i])
+    return sorted(families, key=lambda family: len(prompts[family[0]]))[::-1]
+
+
+def prefill(model, prompts, families):
+    """Read the longest prompt of each family; the others are beginnings of it, with the same keys and values.
+
+    Returns the cache (a row per family), and per prompt its index, its row in the cache, and logits for its first
+    token, (V,) each."""
+    device, longest = next(model.parameters()).device, [prompts[family[0]] for family in families]
+    lengths = torch.tensor([len(ids) for ids in longest], device=device)
+    ids = torch.zeros(len(longest), max(map(len, longest)), dtype=torch.long)
+    for row, prompt in enumerate(longest):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+    cache = KVCache(model.config, *ids.shape, next(model.parameters()).dtype, device)
+    hidden = model.hidden(ids.to(device), cache, lengths)
+    members = [(i, row) for row, family in enumerate(families) for i in family]
+    logits = model.logits(hidden[[row for _, row in members], [len(prompts[i]) - 1 for i, _ in members]])
+    return cache, [(i, row, first) for (i, row), first in zip(members, logits, strict=True)]
 
 
 @torch.no_grad()
@@ -267,67 +280,59 @@ def generate(model, prompts, n=1, *, max_new_tokens=256, temperature=1.0, top_p=
     temperature 0 is greedy; ids >= vocab_size are never drawn; slots: rows that decode together.
     Returns per prompt a list of n lists of new ids, the stop id included where one was reached. The random stream of
     a sample depends on (seed, prompt, sample) alone. `stats` gets the tokens "prefilled" and "decoded" added.
-
-    A prompt is prefilled once for its n samples, and a prompt that begins another one (the step prefixes of one
-    solution are nested) is not prefilled at all: its keys and values are the beginning of the longer one's.
+    A prompt is prefilled once for its n samples, or not at all if it begins another one: see `prefill`.
     """
     if not all(prompts):
         raise ValueError("generate: an empty prompt; expected at least one token id")
     budgets = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     results = [[[] for _ in range(n)] for _ in prompts]
-    alive = sorted((i for i in range(len(prompts)) if budgets[i] > 0), key=lambda i: prompts[i], reverse=True)
+    alive = [i for i, budget in enumerate(budgets) if budget > 0]
     if not alive or not n:
         return results
-    families = []  # [longest, those it begins with...]: in descending order a prefix follows what it begins
-    for i in alive:
-        if families and prompts[families[-1][0]][: len(prompts[i])] == prompts[i]:
-            families[-1].append(i)
-        else:
-            families.append([i])
-    families.sort(key=lambda family: -len(prompts[family[0]]))  # rows of like lengths decode together
+    families = [[alive[j] for j in family] for family in nested([prompts[i] for i in alive])][::-1]
     capacity, width = max(len(prompts[i]) + budgets[i] for i in alive), max(budgets[i] for i in alive)
+
+    def pick(logits, u):
+        if vocab_size is not None:  # rows of the embedding with no token behind them cannot be decoded
+            logits[..., vocab_size:] = float("-inf")
+        return choose(logits, u, temperature, top_p)
+
     rows = min(slots or default_slots(model, capacity), n * len(alive))
-    running = Slots(model, rows, capacity, width, stop_ids, temperature, top_p, vocab_size)
-    device, waiting = running.token.device, []  # waiting: (prompt, sample, row in `source`, row in `first`)
-    patience = 8 if device.type == "cuda" else 1  # tokens between two looks at `done`, which a GPU has to wait for
-    counts = Counter(prefilled=0, decoded=0)
+    running, waiting, prefilled = Slots(model, rows, capacity, width, stop_ids, pick), [], 0
+    device = running.token.device
+    patience = 8 if device.type == "cuda" else 1  # tokens between two looks at `done`, for which a GPU must wait
     while True:
         free = running.collect(results)
         while free and (waiting or families):
             if not waiting:  # prefill about as many prompts as there is room for
-                batch, size = [], 0
-                while families and (not batch or size * n < len(free)):
-                    batch.append(families.pop(0))
-                    size += len(batch[-1])
-                lengths = torch.tensor([len(prompts[family[0]]) for family in batch], device=device)
-                ids = torch.zeros(len(batch), int(lengths.max()), dtype=torch.long)
-                for row, family in enumerate(batch):
-                    ids[row, : len(prompts[family[0]])] = torch.tensor(prompts[family[0]])
-                source = KVCache(model.config, *ids.shape, running.cache.k.dtype, device)
-                hidden = model.hidden(ids.to(device), source, lengths)
-                members = [(i, row) for row, family in enumerate(batch) for i in family]
-                first = model.logits(hidden[[row for _, row in members], [len(prompts[i]) - 1 for i, _ in members]])
-                waiting = [(i, s, row, m) for m, (i, row) in enumerate(members) for s in range(n)]
-                counts["prefilled"] += int(lengths.sum())
+                batch = [families.pop()]
+                while families and sum(map(len, batch)) * n < len(free):
+                    batch.append(families.pop())
+                source, members = prefill(model, prompts, batch)
+                waiting = [(i, sample, row, first) for i, row, first in members for sample in range(n)]
+                prefilled += sum(len(prompts[family[0]]) for family in batch)
             now, waiting = waiting[: len(free)], waiting[len(free) :]
-            u = np.concatenate([uniforms(seed, prompts[i], [s], width) for i, s, _, _ in now])
-            running.admit(free[: len(now)], [(i, s) for i, s, _, _ in now], source, [row for _, _, row, _ in now],
-                          [len(prompts[i]) for i, *_ in now], first[[m for *_, m in now]], u,
-                          [budgets[i] for i, *_ in now])  # fmt: skip
-            free = free[len(now) :]
-        busy = sum(owner is not None for owner in running.owner)
+            owners, origins, logits = [w[:2] for w in now], [w[2] for w in now], torch.stack([w[3] for w in now])
+            lengths = torch.tensor([len(prompts[i]) for i, _ in owners], device=device)
+            at, free = torch.tensor(free[: len(now)], device=device), free[len(now) :]
+            running.cache.copy_rows(source, torch.tensor(origins, device=device), at, lengths)
+            u = np.concatenate([uniforms(seed, prompts[i], [sample], width) for i, sample in owners])
+            running.admit(at, owners, u, [budgets[i] for i, _ in owners], logits)
+        total, busy = len(running.owner), sum(owner is not None for owner in running.owner)
         if not busy:
             break
-        if not waiting and not families and busy <= len(running.owner) // 2:
+        refill = bool(waiting or families)
+        if not refill and busy <= total // 2:
             running.shrink()
-        total = len(running.owner)  # refill in portions: a prefill of one row costs nearly as much as one of thirty
-        enough = max(1, total // 8) if waiting or families else total - busy + max(1, busy // 2)
+            total = busy
+        # Wait for a portion of rows: a prefill of one row costs nearly as much as one of thirty.
+        enough = max(1, total // 8) if refill else total - busy + max(1, busy // 2)
         while int(running.done.sum()) < min(enough, total):
             for _ in range(patience):
                 running.step()
-    counts["decoded"] = sum(len(ids) for samples in results for ids in samples)
     if stats is not None:
-        for key, value in counts.items():
+        decoded = sum(len(ids) for samples in results for ids in samples)
+        for key, value in (("prefilled", prefilled), ("decoded", decoded)):
             stats[key] = stats.get(key, 0) + value
     return results
 
@@ -342,14 +347,14 @@ def solution_row(ids, problem, tokenizer):
     return dict(ids=ids, text=text, ended=ended, correct=ended and is_correct(text, problem.answer))
 
 
-def sample(policy, problems, path, *, n, max_new_tokens, temperature, seed, progress=True):
+def sample(policy, problems, path, *, n, max_new_tokens, temperature, seed):
     """n solutions of every problem by `policy`, as rows of the JSONL file `path`; problems already there are kept.
 
     A row: {id, temperature, samples: [{ids, text, ended, correct}, ...]}. Returns {problem id: row}.
     """
     rows = {row["id"]: row for row in read_rows(path)}
     todo = [p for p in problems if p.id not in rows]
-    bar = tqdm(total=len(problems), initial=len(rows), desc="sample", unit="problem", disable=None if progress else True)
+    bar = tqdm(total=len(problems), initial=len(rows), desc="sample", unit="problem", disable=None)
     size = max(16, 4096 // n)  # problems between two writes: what a crash can cost
     for start in range(0, len(todo), size):
         batch = todo[start : start + size]
@@ -392,6 +397,21 @@ def select_diverse(solutions, limit=4):
 # ---------------------------------------------------------------- values of steps
 
 
+def to_value(problems, rollouts, negatives, positives):
+    """The solutions to value: for each problem at most so many wrong and correct ones that ended, all different."""
+    chosen = {}
+    for problem in problems:
+        samples = rollouts[problem.id]["samples"]
+        v = sum(s["correct"] for s in samples) / len(samples)  # V(x), for nothing
+        room, seen = {True: positives, False: negatives}, set()
+        for i, s in enumerate(samples):
+            if room[s["correct"]] > 0 and s["ended"] and tuple(s["ids"]) not in seen:
+                room[s["correct"]] -= 1
+                seen.add(tuple(s["ids"]))
+                chosen[problem.id, i] = s["ids"], s["correct"], v
+    return chosen
+
+
 def first_pit(values):
     """Index (>= 1) of the first step with the least Q among those looked at (Algorithm 1). values: [V(x), Q_1..Q_L],
     None where not looked at."""
@@ -401,7 +421,7 @@ def first_pit(values):
 
 def advantages(values):
     """A_i = Q_i - Q_{i-1} of steps 1..L (Eq. 3), from [V(x), Q_1..Q_L]."""
-    return [after - before for before, after in zip(values, values[1:])]
+    return [after - before for before, after in pairwise(values)]
 
 
 def best_of(q, k):
@@ -428,8 +448,8 @@ def estimate_values(policy, problems, solutions, path, *, k, scan, max_new_token
     """Monte Carlo values of the steps of `solutions`, rows of the JSONL file `path`; solutions already there are kept.
 
     solutions: {(problem id, sample number): (ids, correct, V(x))}, V(x) being the share of the problem's samples that
-    are right. A row: {id, sample, correct, ids, ends, values, pit, right}: `ends` are the token counts at which the
-    steps end, values [V(x), Q_1..Q_L] the means over k rollouts (null: not looked at; Q_L: the checker's verdict),
+    are right. A row: {id, sample, correct, ids, text, ends, values, pit, right}: the steps end at the token counts
+    `ends`, values [V(x), Q_1..Q_L] the means over k rollouts (null: not looked at; Q_L: the checker's verdict),
     `right` the distinct correct continuations found just before the pit.
     Wrong solutions are scanned by `scan`; correct ones have no zero to stop at and are scanned in full.
     """
@@ -437,38 +457,35 @@ def estimate_values(policy, problems, solutions, path, *, k, scan, max_new_token
     todo = [key for key in solutions if key not in rows]
     bar = tqdm(total=len(solutions), initial=len(rows), desc="values", unit="solution", disable=None)
     for start in range(0, len(todo), 1024):
-        new, found = {}, {}  # found: {(problem id, prefix): correct continuations}
+        new = {}
         for key in todo[start : start + 1024]:
             ids, correct, v = solutions[key]
-            steps = split_steps(ids, policy.tokenizer, problems[key[0]].style)
-            ends = np.cumsum([len(step) for step in steps]).tolist()
-            new[key] = dict(id=key[0], sample=key[1], correct=correct, ids=ids, ends=ends, text=policy.tokenizer.decode(ids),
+            ends = [len(step) for step in split_steps(ids, policy.tokenizer, problems[key[0]].style)]
+            ends = np.cumsum(ends).tolist()
+            new[key] = dict(id=key[0], sample=key[1], correct=correct, ids=ids, ends=ends,
+                            text=policy.tokenizer.decode(ids, skip_special_tokens=True),
                             values=[v] + [None] * (len(ends) - 1) + [float(correct)])  # fmt: skip
-
-        def ask(requests):
-            """Roll out from (key, prefix) pairs; equal prefixes are asked once. Returns success rates."""
-            asked = [r for r in dict.fromkeys((key[0], tuple(prefix)) for key, prefix in requests) if r not in found]
-            drawn = policy.generate([policy.prompt(problems[i]) + list(prefix) for i, prefix in asked], n=k, seed=seed + 1,
-                                    max_new_tokens=[max_new_tokens - len(prefix) for _, prefix in asked],
-                                    temperature=temperature)  # fmt: skip
-            for (i, prefix), ends in zip(asked, drawn, strict=True):
-                right = [e for e in ends if solution_row([*prefix, *e], problems[i], policy.tokenizer)["correct"]]
-                found[i, prefix] = len(right) / k, right
-            return [found[key[0], tuple(prefix)][0] for key, prefix in requests]
-
-        def prefix(row, t):
-            return row["ids"][: row["ends"][t - 1]] if t else []
-
+        found = {}  # {(problem id, prefix): correct continuations}; many solutions begin alike
         while True:
-            wanted = [(key, t) for key, row in new.items() for t in probe("full" if row["correct"] else scan, row["values"])]
+            wanted = {}  # {(key, t): (problem id, prefix)}
+            for key, row in new.items():
+                for t in probe("full" if row["correct"] else scan, row["values"]):
+                    wanted[key, t] = key[0], tuple(row["ids"][: row["ends"][t - 1]])
             if not wanted:
                 break
-            for (key, t), q in zip(wanted, ask([(key, prefix(new[key], t)) for key, t in wanted]), strict=True):
-                new[key]["values"][t] = q
+            asked = [request for request in dict.fromkeys(wanted.values()) if request not in found]
+            drawn = policy.generate([policy.prompt(problems[i]) + list(prefix) for i, prefix in asked], n=k,
+                                    max_new_tokens=[max_new_tokens - len(prefix) for _, prefix in asked],
+                                    temperature=temperature, seed=seed + 1)  # fmt: skip
+            for (i, prefix), ways in zip(asked, drawn, strict=True):
+                verdicts = [solution_row([*prefix, *way], problems[i], policy.tokenizer)["correct"] for way in ways]
+                found[i, prefix] = [way for way, right in zip(ways, verdicts, strict=True) if right]
+            for (key, t), request in wanted.items():
+                new[key]["values"][t] = len(found[request]) / k
         for key, row in new.items():
             row["pit"] = first_pit(row["values"])
-            right = found.get((key[0], tuple(prefix(row, row["pit"] - 1))), (0, []))[1]
-            row["right"] = [list(r) for r in dict.fromkeys(map(tuple, right))]
+            before = key[0], tuple(row["ids"][: ([0] + row["ends"])[row["pit"] - 1]])
+            row["right"] = [list(way) for way in dict.fromkeys(map(tuple, found.get(before, [])))]
         append_rows(path, list(new.values()))
         rows.update(new)
         bar.update(len(new))
@@ -513,9 +530,11 @@ def make_pairs(form, policy, problems, rollouts, values, seed=0, limit=8):
         chosen = [c for c in chosen if c[: len(rejected)] != rejected]  # the same way on is no preference
         if chosen:
             count[row["id"]] += 1
-            sides = dict(prompt=prompt, chosen=chosen[0], rejected=rejected)
-            texts = {k: policy.tokenizer.decode([i for i in v if i != policy.tokenizer.eos_id]) for k, v in sides.items()}
-            pairs.append(dict(id=row["id"], form=form, pit=pit, **texts, **{f"{k}_ids": v for k, v in sides.items()}))
+            pair = dict(id=row["id"], form=form, pit=pit)
+            for side, tokens in (("prompt", prompt), ("chosen", chosen[0]), ("rejected", rejected)):
+                pair[side] = policy.tokenizer.decode(tokens, skip_special_tokens=True)
+                pair[f"{side}_ids"] = tokens
+            pairs.append(pair)
     return pairs
 
 
@@ -525,61 +544,36 @@ def make_pairs(form, policy, problems, rollouts, values, seed=0, limit=8):
 @dataclass
 class RolloutConfig:
     model: str = flag("", "Hugging Face folder of the policy")
-    data: str = flag("", "JSONL of problems")
-    out: str = flag("runs/rollouts", "folder for rollouts.jsonl, values.jsonl, pairs.jsonl")
-    limit: int = flag(0, "use the first problems only; 0 = all")
-    prompt: str = flag(DEFAULT_PROMPT, "prompt format, {question} is replaced")
+    data: str = flag("arithmetic", "arithmetic, star, or a JSONL file of problems")
+    out: str = flag("runs/rollouts", "folder for rollouts.jsonl, and with --values values.jsonl")
+    limit: int = flag(100, "the first problems only; 0 = all of a file")
+    prompt: str = flag(DEFAULT_PROMPT, "prompt format, {question} is replaced; the built-in tasks use '{question}\\n'")
     samples: int = flag(8, "solutions a problem")
     temperature: float = flag(0.7, "sampling temperature; 0 is greedy")
     max_new_tokens: int = flag(256, "tokens a solution may have")
-    values: int = flag(0, "K: rollouts a step prefix; 0 = no values")
-    negatives: int = flag(8, "wrong solutions valued a problem")
-    positives: int = flag(0, "correct solutions valued a problem")
+    values: int = flag(0, "K: rollouts per step prefix of the wrong solutions; 0 = no values")
     scan: str = flag("first", "full, first (stop at the first pit) or bisect")
-    pairs: str = flag("", "continuation, step, algorithm1, response or farthest; empty = no pairs")
     seed: int = flag(0, "of the random streams")
     slots: int = flag(0, "rows that decode together; 0 = as fits in memory")
     device: str = flag("", "cpu or cuda; empty = cuda where there is one")
-    dtype: str = flag("", "float32, bfloat16 or float16; empty = bfloat16 on cuda, else float32")
+    dtype: str = flag("", "float32 or bfloat16; empty = bfloat16 on cuda, else float32")
     threads: int = flag(0, "CPU threads; 0 = two for a small model, else all cores")
 
 
-def to_value(problems, rollouts, negatives, positives):
-    """The solutions to value: for each problem at most so many wrong and correct ones that ended, all different."""
-    chosen = {}
-    for problem in problems:
-        samples = rollouts[problem.id]["samples"]
-        v = sum(s["correct"] for s in samples) / len(samples)  # V(x), for nothing
-        room, seen = {True: positives, False: negatives}, set()
-        for i, s in enumerate(samples):
-            if room[s["correct"]] > 0 and s["ended"] and tuple(s["ids"]) not in seen:
-                room[s["correct"]] -= 1
-                seen.add(tuple(s["ids"]))
-                chosen[problem.id, i] = s["ids"], s["correct"], v
-    return chosen
-
-
 def main():
-    config = parse(RolloutConfig, __doc__)
-    problems, policy = read_problems(config.data, config.limit or None), load_policy(config.model, config)
-    out = Path(config.out)
+    c = parse(RolloutConfig, __doc__)
+    problems, policy, out = load_problems(c.data, "train", c.limit), load_policy(c.model, c), Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "rollout_config.json", asdict(config))
-    drawing = dict(max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed)
-    rollouts = sample(policy, problems, out / "rollouts.jsonl", n=config.samples, **drawing)
-    samples = [s for row in rollouts.values() for s in row["samples"]]
-    print(f"{len(samples)} solutions of {len(rollouts)} problems, {np.mean([s['correct'] for s in samples]):.1%} right")
-    if config.values:
-        chosen = to_value(problems, rollouts, config.negatives, config.positives)
-        by_id = {p.id: p for p in problems}
-        values = estimate_values(policy, by_id, chosen, out / "values.jsonl", k=config.values, scan=config.scan,
-                                 **drawing)  # fmt: skip
-        print(f"{len(values)} solutions valued; tokens so far: {policy.stats}")
-        if config.pairs:
-            pairs = make_pairs(config.pairs, policy, by_id, rollouts, values, config.seed, config.negatives)
-            (out / "pairs.jsonl").unlink(missing_ok=True)
-            append_rows(out / "pairs.jsonl", pairs)
-            print(f"{len(pairs)} pairs")
+    write_json(out / "rollout_config.json", asdict(c))
+    drawing = dict(max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed)
+    rollouts = sample(policy, problems, out / "rollouts.jsonl", n=c.samples, **drawing)
+    verdicts = [s["correct"] for p in problems for s in rollouts[p.id]["samples"]]
+    print(f"{len(verdicts)} solutions of {len(problems)} problems, {np.mean(verdicts):.1%} right, in {out}")
+    if c.values:
+        chosen = to_value(problems, rollouts, c.samples, 0)
+        values = estimate_values(policy, {p.id: p for p in problems}, chosen, out / "values.jsonl", k=c.values,
+                                 scan=c.scan, **drawing)  # fmt: skip
+        print(f"{len(values)} wrong solutions valued; tokens: {policy.stats}")
 
 
 if __name__ == "__main__":

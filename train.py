@@ -1,16 +1,16 @@
 r"""Training: supervised fine-tuning, learning from right solutions (pos), learning from wrong ones (neg).
 
-The one idea: a step of a solution is an action, and its advantage says whether to do it again. Imitation (Eq. of
-section 3: SFT, RFT) copies every step of a right solution, also those that are beside the point. The per-step loss takes
-the one step that ruined a wrong solution and makes it less likely than a better step from the same place.
+The one idea: a step of a solution is an action, and its advantage says whether to do it again. Imitation (SFT, RFT)
+copies every step of a right solution, also those that are beside the point. The per-step loss takes the one step that
+ruined a wrong solution, and makes it less likely than a better way to go on from the same place.
 
     python train.py --mode neg                     # built-in task, from nothing to a table, minutes on two cores
     python train.py --mode pos                     # same folder: reuses SFT and rollouts, adds its row to the table
     python train.py --mode neg --model FOLDER --data problems.jsonl --test-data test.jsonl
 
-    base --SFT on D--> sft (final), generator (under-trained: the first epochs)
-    generator --samples--> rollouts.jsonl --right, <= 4 diverse--> base --NLL on D and D+--> pos
-                                          --wrong, Q of each step, first pit--> pairs.jsonl --Eq. 1--> neg
+    base --NLL on D, the teacher's solutions--> sft, and on the way its under-trained copy, the generator
+    generator --samples--> rollouts.jsonl --right, the most diverse: D+--> base --NLL on D and D+--> pos
+    rollouts.jsonl --wrong--> Q of the steps, the first pit: values.jsonl--> pairs.jsonl --Eq. 1 from pos--> neg
 
     NLL    - sum over solution tokens of log pi(y_t | x, y_<t) / tokens of the batch
     Eq. 1  - log sigmoid( beta log pi(+y|x)/ref(+y|x) - beta log pi(-y|x)/ref(-y|x) )        per pair, log-probs summed
@@ -18,8 +18,8 @@ the one step that ruined a wrong solution and makes it less likely than a better
 
 Differences from the paper:
 1. Positives for `pos` are D and D+ together (the paper's RFT set is D+ alone, from many more samples).
-2. `neg` trains a copy of `pos`'s recipe that has also seen the right continuations found before pits, and this is the
-   reference of Eq. 1 (Self-Explore's choice; the paper's equation says sft). --nll keeps the likelihood term beside it.
+2. `neg` starts from `pos`, which is also the reference of Eq. 1, as in Self-Explore; the paper's equation says sft,
+   and does not say where it starts. --nll keeps a likelihood term on positives beside it.
 3. AdamW instead of RMSprop.
 """
 
@@ -28,8 +28,6 @@ import itertools
 import json
 import math
 import os
-import platform
-import subprocess
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -44,25 +42,11 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import DEFAULT_PROMPT, builtin_tokenizer, judge_steps, load_problems
-from evaluate import evaluate, table
+from data import DEFAULT_PROMPT, builtin_tokenizer, load_problems
+from evaluate import evaluate, pit_report, provenance, table
 from model import GPT, Config
-from rollout import (
-    Policy,
-    UsageError,
-    advantages,
-    append_rows,
-    entry,
-    estimate_values,
-    flag,
-    load_policy,
-    make_pairs,
-    parse,
-    sample,
-    select_diverse,
-    to_value,
-    write_json,
-)
+from rollout import Policy, UsageError, advantages, append_rows, entry, estimate_values, flag, load_policy, make_pairs
+from rollout import parse, sample, select_diverse, to_value, write_json
 
 # ---------------------------------------------------------------- losses
 
@@ -114,7 +98,7 @@ def awr_weights(values, ends, beta, largest=20.0):
     """Eq. 4's weight of every token of a solution: exp(A_i / beta) of its step, at most `largest`."""
     steps = advantages(values)
     weights = [min(largest, math.exp(a / beta)) for a in steps]
-    return [w for w, start, end in zip(weights, [0, *ends], ends) for _ in range(end - start)]
+    return [w for w, start, end in zip(weights, [0, *ends[:-1]], ends, strict=True) for _ in range(end - start)]
 
 
 # ---------------------------------------------------------------- the loop
@@ -204,8 +188,8 @@ def add_reference(model, pairs, tokens):
 def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=None):
     """Train policy.model in place and save it to `folder`, unless it is there already: then load it.
 
-    examples get the likelihood (Eq. 4's weights where they have some), pairs the per-step loss; an epoch is one pass
-    over the examples, or over the pairs where there is no likelihood term. keep_at: (epoch, folder) keeps an early copy.
+    examples get the likelihood (weighted where they have weights: Eq. 4), pairs Eq. 1; an epoch is one pass over the
+    examples, or over the pairs where c.nll is 0. keep_at: (epoch, folder), where to keep an early copy.
     Goes on from a checkpoint in `folder`: N steps are k, a stop, and N - k, bit for bit.
     """
     model, folder, name = policy.model, Path(folder), Path(folder).name
@@ -218,7 +202,10 @@ def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=Non
     n = len(examples) or len(pairs)
     steps = max(1, round(epochs * n / c.batch))
     model.gradient_checkpointing = bool(c.gradient_checkpointing)
-    add_reference(model, pairs, c.micro_tokens)
+    device = next(model.parameters()).device.type
+    precision = torch.autocast(device, torch.bfloat16, enabled=policy.dtype == "bfloat16")
+    with precision:
+        add_reference(model, pairs, c.micro_tokens)
     weights = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(weights.values(), lr=lr, betas=(0.9, 0.99), weight_decay=c.weight_decay, fused=True)
     checkpoint_path = folder / "checkpoint.safetensors"
@@ -231,7 +218,8 @@ def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=Non
         began = time.monotonic()
         batch = [examples[i] for i in draw(len(examples), c.batch, step, c.seed)] if examples else []
         chosen = [pairs[i] for i in draw(len(pairs), c.batch, step, c.seed)] if pairs else []
-        log = backward(model, batch, chosen, c)
+        with precision:
+            log = backward(model, batch, chosen, c)
         norm = torch.nn.utils.clip_grad_norm_(weights.values(), c.clip).item()
         if not math.isfinite(log["loss"] + norm):
             ids = [e.id for e in batch] + [p["id"] for p in chosen]
@@ -242,7 +230,7 @@ def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=Non
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         write_log(log_path, name, step, log, optimizer.param_groups[0]["lr"], norm, time.monotonic() - began)
-        bar.set_postfix(loss=f"{log['loss']:.3f}", **({"margin": f"{log['margin']:.2f}"} if pairs else {}), refresh=False)
+        bar.set_postfix(loss=f"{log['loss']:.3f}", margin=f"{log['margin']:.2f}", refresh=False)
         bar.update()
         if keep_at and step + 1 == max(1, round(steps * keep_at[0] / epochs)):
             save(policy, keep_at[1])
@@ -288,7 +276,8 @@ def load_checkpoint(path, weights, optimizer, steps):
                 optimizer.state[p] = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
                 optimizer.state[p]["step"] = torch.tensor(float(step), device=p.device)
     except (SafetensorError, KeyError, RuntimeError, TypeError) as error:
-        raise UsageError(f"{path}: {str(error).splitlines()[0]}; expected our checkpoint; delete it to start over") from None
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{path}: {reason}; expected our checkpoint; delete it to start over") from None
     return min(step, steps)
 
 
@@ -321,14 +310,15 @@ def show(policy, example, pair):
     """Print what the loss sees, the masked prompt in brackets."""
     decode = policy.tokenizer.decode
     if pair:
-        print(f"a pair: [{decode(pair['prompt_ids'])}]\n  chosen:   {decode(pair['chosen_ids'])!r}\n  rejected: {decode(pair['rejected_ids'])!r}")
+        print(f"a pair, no loss on what stands in brackets: [{decode(pair['prompt_ids'])}]")
+        print(f"  chosen:   {decode(pair['chosen_ids'])!r}\n  rejected: {decode(pair['rejected_ids'])!r}")
     else:
         print(f"an example, no loss on what stands in brackets: [{decode(example.prompt)}]{decode(example.response)}")
 
 
 # ---------------------------------------------------------------- the run
 
-BASE = Path(__file__).parent / "experiments" / "base"  # the pretrained start of the built-in tasks; --mode base makes it
+BASE = Path(__file__).parent / "experiments" / "base"  # where the built-in tasks start; --mode base made it
 
 DEFAULTS = {  # what must differ by task, in one table; flags of the same name override it
     # flag             arithmetic         star               a JSONL file
@@ -353,7 +343,7 @@ DEFAULTS = {  # what must differ by task, in one table; flags of the same name o
 
 @dataclass
 class TrainConfig:
-    mode: str = flag("neg", "sft, pos (right solutions) or neg (wrong ones too); base pretrains the built-in task's start")
+    mode: str = flag("neg", "sft, pos (right solutions), neg (wrong ones too), or base (the built-in tasks' start)")
     model: str = flag("", "Hugging Face folder to start from; empty = the built-in task's base")
     data: str = flag("arithmetic", "arithmetic, star, or a JSONL file of problems with solutions")
     test_data: str = flag("", "JSONL file to evaluate on; empty = every tenth problem of --data, kept out of training")
@@ -382,7 +372,7 @@ class TrainConfig:
     lr: float | None = flag(None, "peak learning rate of sft and pos")
     neg_lr: float | None = flag(None, "peak learning rate of the per-step loss")
     sft_epochs: float | None = flag(None, "epochs of the reported SFT model")
-    generator_epochs: float | None = flag(None, "epochs after which the SFT run is copied as the under-trained generator")
+    generator_epochs: float | None = flag(None, "epochs of the SFT run after which its copy generates")
     pos_epochs: float | None = flag(None, "epochs over teacher's and own positives")
     neg_epochs: float | None = flag(None, "epochs of the per-step loss")
     warmup: float = flag(0.1, "share of the steps in which the learning rate rises")
@@ -402,8 +392,9 @@ def resolve(c):
     column = {"arithmetic": 0, "star": 1}.get(c.data, 2)
     c = replace(c, **{k: row[column] for k, row in DEFAULTS.items() if getattr(c, k) is None})
     c = replace(c, out=c.out or f"runs/{Path(c.data).stem}", model=c.model or ("" if column == 2 else str(BASE)))
-    for key, allowed in {"mode": ("base", "sft", "pos", "neg"), "loss": ("dpo", "awr"), "scan": ("full", "first", "bisect"),
-                         "pairs": ("continuation", "step", "algorithm1", "response", "farthest")}.items():  # fmt: skip
+    choices = dict(mode="base sft pos neg", loss="dpo awr", scan="full first bisect", split="train val test",
+                   pairs="continuation step algorithm1 response farthest")  # fmt: skip
+    for key, allowed in ((key, names.split()) for key, names in choices.items()):
         if getattr(c, key) not in allowed:
             raise UsageError(f"--{key} {getattr(c, key)}; expected {', '.join(allowed)}; choose one")
     return c
@@ -434,9 +425,11 @@ def run(c):
     out.mkdir(parents=True, exist_ok=True)
     train, test = load_data(c)
     claim(c, out)
+    for name, problems in (("data", train), ("test", test)):  # as drawn: the run can be read without its source
+        (out / f"{name}.jsonl").unlink(missing_ok=True)
+        append_rows(out / f"{name}.jsonl", [asdict(p) for p in problems])
     log, by_id = out / "metrics.csv", {p.id: p for p in train}
-    start = lambda: load_policy(c.model, c)  # noqa: E731
-    policy = start()
+    policy = load_policy(c.model, c, train=True)
     generator = out / "generator" if c.generator_epochs < c.sft_epochs else out / "sft"
     early = (c.generator_epochs, generator) if generator.name == "generator" else None
     teacher = [example(policy, p, policy.tokenizer.encode(p.solution) + [policy.tokenizer.eos_id]) for p in train]
@@ -457,8 +450,8 @@ def run(c):
             pairs = make_pairs(c.pairs, policy, by_id, rollouts, values, c.seed, c.negatives)
             (out / "pairs.jsonl").unlink(missing_ok=True)
             append_rows(out / "pairs.jsonl", pairs)
-            print(pit_report(by_id, values), f"; {len(pairs)} pairs")
-        policy = start()
+            print(f"{pit_report(by_id, values, c.rollouts)}; {len(pairs)} pairs")
+        policy = load_policy(c.model, c, train=True)
         fit(policy, out / "pos", log, positives, [], c, epochs=c.pos_epochs, lr=c.lr)
         if c.mode == "neg":
             if awr:
@@ -503,25 +496,6 @@ def load_data(c):
         return problems, load_problems(c.test_data, limit=c.test_limit)
     test = problems[9::10]
     return [p for i, p in enumerate(problems) if i % 10 != 9], test[: c.test_limit or None]
-
-
-def pit_report(problems, values):
-    """What the pits are worth: on the built-in task against the truth, else by the chance that they are false."""
-    text, wrong = f"{len(values)} wrong solutions valued", [row for row in values.values() if not row["correct"]]
-    truth = [(row["pit"], judge_steps(problems[row["id"]], row["text"])) for row in wrong if problems[row["id"]].meta]
-    if truth:
-        hit = np.mean([labels[pit - 1] != "good" for pit, labels in truth if pit <= len(labels)])
-        first = np.mean([next(i for i, x in enumerate(labels + ["end"], 1) if x != "good") == pit for pit, labels in truth])
-        kinds = Counter(labels[pit - 1] for pit, labels in truth if pit <= len(labels))
-        text += f"; pits that are bad steps: {hit:.1%}, that are the first bad step: {first:.1%}; {dict(kinds)}"
-    return text
-
-
-def provenance():
-    """Where a result comes from: the commit, torch's version, the device."""
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
-    return dict(commit=git.stdout.strip() or "unknown", torch=torch.__version__, device_name=device)
 
 
 def main():
