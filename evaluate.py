@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from data import DEFAULT_PROMPT, answers_equal, extract_answer, judge_steps, load_problems
-from rollout import entry, estimate_values, flag, load_policy, parse, read_rows, sample, to_value, write_json
+from rollout import best_of, entry, estimate_values, flag, load_policy, parse, read_rows, sample, to_value, write_json
 
 
 def wilson(right, n, z=1.96):
@@ -116,13 +116,15 @@ def table(results):
 
 
 def q_by_step(policy, problems, solutions, folder, *, k, max_new_tokens, temperature, seed):
-    """Average Q of the first, second, ... step of solutions (as of `to_value`) under `policy` (Fig. 7)."""
+    """Average Q of the first, second, ... step of solutions (as of `to_value`) under `policy` (Fig. 7), for one rollout
+    and for the best of 5, which is the paper's rollout policy."""
     by_id, path = {p.id: p for p in problems}, Path(folder) / "values.jsonl"
     rows = estimate_values(policy, by_id, solutions, path, k=k, scan="full", max_new_tokens=max_new_tokens,
                            temperature=temperature, seed=seed)  # fmt: skip
     longest = max((len(row["values"]) for row in rows.values()), default=1)
     at = [[row["values"][t] for row in rows.values() if t < len(row["values"])] for t in range(1, longest)]
-    return [dict(step=t, q=float(np.mean(qs)), solutions=len(qs)) for t, qs in enumerate(at, 1)]
+    return [dict(step=t, q=float(np.mean(qs)), best_of_5=float(np.mean([best_of(q, 5) for q in qs])), solutions=len(qs))
+            for t, qs in enumerate(at, 1)]  # fmt: skip
 
 
 def pit_report(problems, values, k):
@@ -159,7 +161,7 @@ class EvaluateConfig:
     limit: int = flag(1000, "the first problems only; 0 = all of a file")
     out: str = flag("runs/evaluate", "folder for results.json and the raw responses")
     prompt: str = flag("", "prompt format, {question} is replaced; empty = the one train.py uses for this data")
-    max_new_tokens: int = flag(256, "tokens a solution may have")
+    max_new_tokens: int = flag(256, "tokens a solution may have", 1)
     samples: int = flag(0, "samples a problem for pass@k and maj@k; 0 = greedy only")
     temperature: float = flag(0.7, "of the samples")
     values: int = flag(0, "K: rollouts per step prefix, for the average Q by step index; 0 = none")
@@ -186,7 +188,7 @@ def main():
         steps = q_by_step(policy, problems, to_value(problems, rows, 1, 1), out / "model", k=c.values,
                           max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed)  # fmt: skip
         for s in steps:
-            print(f"step {s['step']:2}  Q {s['q']:.3f}  {'#' * round(40 * s['q'])} ({s['solutions']} solutions)")
+            print(f"step {s['step']:2}   Q {s['q']:.3f}   of the best of 5 {s['best_of_5']:.3f}   n {s['solutions']}")
 
 
 if __name__ == "__main__":

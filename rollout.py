@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from data import DEFAULT_PROMPT, DataError, Tokenizer, edit_distance, equation_key, format_prompt, is_correct
 from data import load_problems, split_steps
-from model import GPT, CheckpointError, KVCache
+from model import GPT, KVCache
 
 # ---------------------------------------------------------------- what the three entry points share
 
@@ -44,9 +44,9 @@ class UsageError(ValueError):
     """One line for the user: what is wrong, what was expected, the mend. Leaves with exit code 2."""
 
 
-def flag(default, text):
-    """A field of a configuration: its default, and the line that --help shows."""
-    return field(default=default, metadata={"help": text})
+def flag(default, text, least=0):
+    """A field of a configuration: its default, the line that --help shows, and the least a number may be."""
+    return field(default=default, metadata={"help": text, "least": least})
 
 
 def parse(config_class, description, argv=None):
@@ -59,7 +59,12 @@ def parse(config_class, description, argv=None):
         default = "by task" if f.default is None else repr(f.default)
         parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default, metavar=kind.__name__,
                             help=f"{f.metadata['help']} [{default}]".replace("%", "%%"))  # fmt: skip
-    return config_class(**vars(parser.parse_args(argv)))
+    config = config_class(**vars(parser.parse_args(argv)))
+    for f in fields(config_class):
+        value = getattr(config, f.name)
+        if isinstance(value, (int, float)) and not f.metadata["least"] <= value < float("inf"):
+            parser.error(f"argument --{f.name.replace('_', '-')}: {value}; expected at least {f.metadata['least']}")
+    return config
 
 
 def fail(message):
@@ -71,8 +76,11 @@ def entry(main):
     """Run a program: errors that a user can mend are one line and exit code 2; Ctrl-C says how to go on."""
     try:
         main()
-    except (UsageError, DataError, CheckpointError, OSError) as error:
+    except (ValueError, OSError) as error:  # our own errors are ValueErrors of one line
         sys.exit(fail(" ".join(str(error).split())))
+    except torch.OutOfMemoryError:
+        sys.exit(fail("out of GPU memory; lower --slots or --micro-tokens, or set --gradient-checkpointing 1; "
+                      "the same command goes on from here"))  # fmt: skip
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
@@ -124,7 +132,7 @@ def load_policy(folder, config, train=False):
         raise UsageError(f"--dtype {dtype}; expected float32 or bfloat16; choose one")
     try:
         model = GPT.from_pretrained(folder, dtype=torch.float32 if train else getattr(torch, dtype), device=device)
-    except RuntimeError as error:  # torch's own words for a device that is not there
+    except (RuntimeError, AssertionError) as error:  # torch's own words for a device that is not there
         raise UsageError(f"--device {device}: {str(error).splitlines()[0]}; expected cpu or cuda; choose one") from None
     if device == "cpu":  # measured: a model this small gains nothing from a third core
         small = sum(p.numel() for p in model.parameters()) < 5_000_000
@@ -548,9 +556,9 @@ class RolloutConfig:
     out: str = flag("runs/rollouts", "folder for rollouts.jsonl, and with --values values.jsonl")
     limit: int = flag(100, "the first problems only; 0 = all of a file")
     prompt: str = flag(DEFAULT_PROMPT, "prompt format, {question} is replaced; the built-in tasks use '{question}\\n'")
-    samples: int = flag(8, "solutions a problem")
+    samples: int = flag(8, "solutions a problem", 1)
     temperature: float = flag(0.7, "sampling temperature; 0 is greedy")
-    max_new_tokens: int = flag(256, "tokens a solution may have")
+    max_new_tokens: int = flag(256, "tokens a solution may have", 1)
     values: int = flag(0, "K: rollouts per step prefix of the wrong solutions; 0 = no values")
     scan: str = flag("first", "full, first (stop at the first pit) or bisect")
     seed: int = flag(0, "of the random streams")

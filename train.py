@@ -350,34 +350,34 @@ class TrainConfig:
     out: str = flag("", "run folder; empty = runs/TASK")
     split: str = flag("test", "built-in tasks: evaluate on test, or on val to choose hyperparameters")
     seed: int = flag(0, "of problems, batches and samples")
-    spurious: float = flag(0.2, "arithmetic: chance of a spurious step before each step of the teacher, 0 to 1")
-    steps: int = flag(4, "arithmetic: numbers that count, per problem")
+    spurious: float = flag(0.2, "arithmetic: chance of a spurious step before each step of the teacher")
+    steps: int = flag(4, "arithmetic: numbers that count, per problem", 1)
     distractors: int = flag(2, "arithmetic: numbers that do not count, per problem")
     prompt: str | None = flag(None, "prompt format, {question} is replaced")
     limit: int | None = flag(None, "training problems; 0 = all of the file")
     test_limit: int | None = flag(None, "test problems; 0 = all of the file")
-    max_new_tokens: int | None = flag(None, "tokens a solution may have")
-    samples: int | None = flag(None, "solutions sampled per training problem")
-    temperature: float | None = flag(None, "of samples and rollouts; the losses know no other")
+    max_new_tokens: int | None = flag(None, "tokens a solution may have", 1)
+    samples: int | None = flag(None, "solutions sampled per training problem", 1)
+    temperature: float | None = flag(None, "of samples and rollouts; the losses know no other", 1e-9)
     keep: int = flag(4, "right solutions kept per problem, the most diverse (RFT)")
     negatives: int | None = flag(None, "wrong solutions valued per problem")
-    rollouts: int | None = flag(None, "K: Monte Carlo rollouts per step prefix")
+    rollouts: int | None = flag(None, "K: Monte Carlo rollouts per step prefix", 1)
     scan: str = flag("first", "which steps are valued: full, first (up to the first pit) or bisect")
     pairs: str = flag("continuation", "form of the pairs: continuation, step, algorithm1, response, farthest")
     loss: str = flag("dpo", "of --mode neg: dpo (Eq. 1 on the pairs) or awr (Eq. 4, values every step)")
-    beta: float = flag(0.3, "of Eq. 1 and Eq. 4; the paper: 0.3 on GSM8K, 0.1 on MATH")
+    beta: float = flag(0.3, "of Eq. 1 and Eq. 4; the paper: 0.3 on GSM8K, 0.1 on MATH", 1e-9)
     nll: float = flag(0.0, "weight of the likelihood of positives beside Eq. 1; 0 = Eq. 1 alone")
-    batch: int | None = flag(None, "examples (and pairs) per optimizer step")
-    micro_tokens: int = flag(16384, "padded tokens per forward pass; lower it when memory runs out")
-    lr: float | None = flag(None, "peak learning rate of sft and pos")
-    neg_lr: float | None = flag(None, "peak learning rate of the per-step loss")
+    batch: int | None = flag(None, "examples (and pairs) per optimizer step", 1)
+    micro_tokens: int = flag(16384, "padded tokens per forward pass; lower it when memory runs out", 1)
+    lr: float | None = flag(None, "peak learning rate of sft and pos", 1e-9)
+    neg_lr: float | None = flag(None, "peak learning rate of the per-step loss", 1e-9)
     sft_epochs: float | None = flag(None, "epochs of the reported SFT model")
     generator_epochs: float | None = flag(None, "epochs of the SFT run after which its copy generates")
     pos_epochs: float | None = flag(None, "epochs over teacher's and own positives")
     neg_epochs: float | None = flag(None, "epochs of the per-step loss")
     warmup: float = flag(0.1, "share of the steps in which the learning rate rises")
     weight_decay: float = flag(0.01, "of AdamW")
-    clip: float = flag(1.0, "largest norm of the gradient")
+    clip: float = flag(1.0, "largest norm of the gradient", 1e-9)
     gradient_checkpointing: int = flag(0, "1: recompute activations in the backward pass, to save memory")
     save_seconds: float = flag(60.0, "seconds between training checkpoints")
     eval_samples: int | None = flag(None, "samples per test problem for pass@k and maj@k; 0 = greedy only")
@@ -390,7 +390,14 @@ class TrainConfig:
 def resolve(c):
     """Fill in what depends on the task, and refuse what cannot be meant."""
     column = {"arithmetic": 0, "star": 1}.get(c.data, 2)
+    if c.mode == "base":
+        recipe = dict(out=str(BASE), limit=130_000, batch=64, lr=3e-3, sft_epochs=1.0)
+        c = replace(c, **{k: v for k, v in recipe.items() if getattr(c, k) in (None, "")})
     c = replace(c, **{k: row[column] for k, row in DEFAULTS.items() if getattr(c, k) is None})
+    if column < 2 and min(c.limit, c.test_limit) < 1:
+        raise UsageError("--limit 0; expected at least 1 problem of a built-in task; it has no end")
+    if column == 2 and not c.model:
+        raise UsageError("--model is missing; expected a Hugging Face folder to train on a JSONL file; name one")
     c = replace(c, out=c.out or f"runs/{Path(c.data).stem}", model=c.model or ("" if column == 2 else str(BASE)))
     choices = dict(mode="base sft pos neg", loss="dpo awr", scan="full first bisect", split="train val test",
                    pairs="continuation step algorithm1 response farthest")  # fmt: skip
@@ -422,14 +429,16 @@ def run(c):
     if c.mode == "base":
         return make_base(c)
     out = Path(c.out)
-    out.mkdir(parents=True, exist_ok=True)
     train, test = load_data(c)
+    policy = load_policy(c.model, c, train=True)  # before anything is written: a wrong path costs nothing
+    untaught = next((p.id for p in train if not p.solution), None)
+    if untaught is not None:
+        raise UsageError(f"{c.data}: problem {untaught} has no solution; expected one to imitate; take it out")
     claim(c, out)
     for name, problems in (("data", train), ("test", test)):  # as drawn: the run can be read without its source
         (out / f"{name}.jsonl").unlink(missing_ok=True)
         append_rows(out / f"{name}.jsonl", [asdict(p) for p in problems])
     log, by_id = out / "metrics.csv", {p.id: p for p in train}
-    policy = load_policy(c.model, c, train=True)
     generator = out / "generator" if c.generator_epochs < c.sft_epochs else out / "sft"
     early = (c.generator_epochs, generator) if generator.name == "generator" else None
     teacher = [example(policy, p, policy.tokenizer.encode(p.solution) + [policy.tokenizer.eos_id]) for p in train]
@@ -458,7 +467,11 @@ def run(c):
                 weigh = lambda r: awr_weights(r["values"], r["ends"], c.beta)  # noqa: E731
                 pairs, positives = [], [replace(example(policy, by_id[r["id"]], r["ids"]), weights=weigh(r))
                                         for r in values.values()]  # fmt: skip
-            fit(policy, out / "neg", log, positives, pairs, c, epochs=c.neg_epochs, lr=c.neg_lr)
+            if awr or pairs:
+                fit(policy, out / "neg", log, positives, pairs, c, epochs=c.neg_epochs, lr=c.neg_lr)
+            else:
+                print("no pairs, so neg is not trained: no right way to go on was found before any pit; "
+                      "raise --samples, --rollouts or --sft-epochs, or take easier problems")  # fmt: skip
     results = {}
     for name in ("sft", "pos", "neg"):
         if (out / name / "model.safetensors").exists():
@@ -471,6 +484,7 @@ def run(c):
 
 def claim(c, out):
     """Store the configuration with the run; refuse a folder that another one has filled."""
+    out.mkdir(parents=True, exist_ok=True)
     mine, path = asdict(c) | provenance(), out / "config.json"
     free = {"mode", "out", "slots", "device", "dtype", "threads", "save_seconds", *provenance()}  # change no result
     if path.exists():
