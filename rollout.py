@@ -14,7 +14,7 @@ The one idea: the value of a step is the share of solutions that still come out 
     Eq. 3   A(x, y_{1:i-1}; y_i) = Q(x, y_{1:i-1}; y_i) - Q(x, y_{1:i-2}; y_{i-1}), and Q of the empty prefix is V(x)
 
 Differences from the paper:
-1. Q is estimated once, as the mean of K rollouts. "Any of the K right", the paper's Q, is kept beside it.
+1. Q is the mean of K rollouts of the policy itself; the paper's, of the best of K, follows from it (`best_of`).
 2. The last step's value is the checker's verdict: nothing is left to sample. So a wrong solution always has a pit.
 3. A solution that ran out of its budget counts as wrong, whatever it says.
 """
@@ -25,8 +25,8 @@ import json
 import os
 import sys
 from collections import Counter
-from itertools import pairwise
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -134,10 +134,11 @@ def load_policy(folder, config, train=False):
         model = GPT.from_pretrained(folder, dtype=torch.float32 if train else getattr(torch, dtype), device=device)
     except (RuntimeError, AssertionError) as error:  # torch's own words for a device that is not there
         raise UsageError(f"--device {device}: {str(error).splitlines()[0]}; expected cpu or cuda; choose one") from None
+    small = sum(p.numel() for p in model.parameters()) < 5_000_000
     if device == "cpu":  # measured: a model this small gains nothing from a third core
-        small = sum(p.numel() for p in model.parameters()) < 5_000_000
         torch.set_num_threads(config.threads or min(2 if small else 64, os.cpu_count() or 1))
-    return Policy(model, Tokenizer.from_pretrained(folder), config.prompt, config.slots or None, dtype)
+    return Policy(model, Tokenizer.from_pretrained(folder), config.prompt, config.slots or None, dtype,
+                  4096 if small else 512)  # fmt: skip
 
 
 @dataclass
@@ -149,6 +150,7 @@ class Policy:
     prompt_format: str
     slots: int | None = None
     dtype: str = "float32"  # of the activations in training
+    portion: int = 4096  # samples between two writes: what a crash can cost
     stats: dict = field(default_factory=dict)  # tokens prefilled and decoded so far
 
     def prompt(self, problem):
@@ -363,7 +365,7 @@ def sample(policy, problems, path, *, n, max_new_tokens, temperature, seed):
     rows = {row["id"]: row for row in read_rows(path)}
     todo = [p for p in problems if p.id not in rows]
     bar = tqdm(total=len(problems), initial=len(rows), desc="sample", unit="problem", disable=None)
-    size = max(16, 4096 // n)  # problems between two writes: what a crash can cost
+    size = max(1, policy.portion // n)
     for start in range(0, len(todo), size):
         batch = todo[start : start + size]
         drawn = policy.generate([policy.prompt(p) for p in batch], n=n, max_new_tokens=max_new_tokens,
@@ -464,9 +466,10 @@ def estimate_values(policy, problems, solutions, path, *, k, scan, max_new_token
     rows = {(row["id"], row["sample"]): row for row in read_rows(path)}
     todo = [key for key in solutions if key not in rows]
     bar = tqdm(total=len(solutions), initial=len(rows), desc="values", unit="solution", disable=None)
-    for start in range(0, len(todo), 1024):
+    size = max(1, policy.portion // k)
+    for start in range(0, len(todo), size):
         new = {}
-        for key in todo[start : start + 1024]:
+        for key in todo[start : start + size]:
             ids, correct, v = solutions[key]
             ends = [len(step) for step in split_steps(ids, policy.tokenizer, problems[key[0]].style)]
             ends = np.cumsum(ends).tolist()
