@@ -18,20 +18,21 @@ Differences from the paper:
 
 import cmath
 import json
-import math
+import operator
 import random
 import re
 import zlib
-from bisect import bisect_right
+from bisect import bisect_left
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
 import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
 
-DEFAULT_PROMPT = "Question: {question}\nAnswer:"
+DEFAULT_PROMPT = "Question: {question}\nAnswer:\n"
 MAX_LINE, MAX_TAIL, MAX_ANSWER = 1_000_000, 4_000, 300  # bytes of a line; characters searched; characters understood
 USUAL_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]")
 KINDS = {"question": "answer", "problem": "solution", "prompt": "answer"}
@@ -53,37 +54,33 @@ class Problem:
 
 def read_problems(path, limit=None):
     """The problems of a JSON-lines file, at most `limit` of them; blank lines are skipped."""
-    problems, lines = [], {}
+    problems = {}
     try:
         with open(path, "rb") as file:  # readline with a size: a file without newlines never fills the memory
             for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b"")):
                 if limit is not None and len(problems) >= limit:
-                    return problems
+                    break
                 if raw.strip():
                     problem = _parse_problem(raw, number)
-                    if problem.id in lines:
-                        raise DataError(f"id {problem.id!r} of line {lines[problem.id]}; expected unique ids; rename")
-                    lines[problem.id] = number + 1
-                    problems.append(problem)
+                    if problems.setdefault(problem.id, problem) is not problem:
+                        raise DataError(f"id {problem.id!r} for the second time; expected unique ids; rename one")
     except DataError as error:
         raise DataError(f"{path}:{number + 1}: {error}") from None
     except OSError as error:
         raise DataError(f"{path}:0: {error.strerror}; expected a JSON-lines file; check the path") from None
     if not problems:
         raise DataError(f"{path}:1: no problems; expected one JSON object per line; check how it was written")
-    return problems
+    return list(problems.values())
 
 
 def _parse_problem(raw, number):
     if len(raw) > MAX_LINE:
         raise DataError(f"more than {MAX_LINE} bytes; expected one problem per line; split the line")
-    if raw.startswith(b"\xef\xbb\xbf"):
-        raise DataError("byte order mark; expected plain UTF-8; save the file without it")
     try:
         row = json.loads(raw.decode())
         json.dumps(row, ensure_ascii=False).encode()  # a lone \ud800 would only fail in the tokenizer
     except (ValueError, RecursionError):
-        raise DataError("not JSON in UTF-8; expected one object per line; rewrite the line") from None
+        raise DataError("not JSON in UTF-8 without byte order mark; expected one object per line; rewrite it") from None
     key = next((k for k in KINDS if isinstance(row, dict) and k in row and KINDS[k] in row), None)
     if key is None:
         raise DataError(f"unknown keys; expected {' or '.join(f'{k} + {v}' for k, v in KINDS.items())}; rename them")
@@ -96,7 +93,7 @@ def _parse_problem(raw, number):
     solution = "" if key == "prompt" else ANNOTATION.sub("", row[KINDS[key]])
     if key == "question" and "####" not in solution or key == "problem" and "\\boxed" not in solution:
         raise DataError(f"no final answer in {KINDS[key]!r}; expected '#### 18' (MATH: \\boxed{{18}}); add it")
-    answer = (_final_answer(solution) or "") if solution else row["answer"].strip()
+    answer = (extract_answer(solution, bare=False) or "") if solution else row["answer"].strip()
     return Problem(str(name), row[key], solution, answer, "math" if key == "problem" else "lines")
 
 
@@ -113,12 +110,11 @@ ANNOTATION = re.compile(r"<<[^<>\n]*>>")
 MARKER = re.compile(r"#{4,}|\\f?boxed\b\s*|\banswers?\b[^\n.:=\\#]{0,60}?(?:\bis\b|\bare\b|:|=)|^A:", re.I | re.M)
 FORMULA = re.compile(r"\$\$?([^$\n]+)\$|\\\(([^\n]{1,300}?)\\\)|\\\[([^\n]{1,300}?)\\\]")
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\$-?)?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
-DIGITS = "0123456789."
 PROSE = re.compile(r"(?<![\\A-Za-z])(?!or\b|and\b)[A-Za-z]{2,}")
-SYMBOLS = {"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "∞": r"\infty ", "π": r"\pi ", "√": r"\sqrt "}
-SYMBOLS = str.maketrans(SYMBOLS)
+SYMBOLS = str.maketrans({
+    "−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "∞": r"\infty ", "π": r"\pi ", "√": r"\sqrt "})
 TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf)\s*"
-REWRITES = [(re.compile(pattern), new) for pattern, new in [
+REWRITES = [  # pattern, replacement
     (r"\\begin\{[a-z]?matrix\}", "["), (r"\\end\{[a-z]?matrix\}", "]"), (r"\\\\", ";"), ("&", ","),
     (r"<<[^<>\n]*>>|\\(?:left|right|[bB]igg?[lr]?|displaystyle|approx)(?![A-Za-z])|\\[!,;: ]", ""),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?|°|\\?%|\\?\$|\*\*|[€£~]", " "),
@@ -128,26 +124,24 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (TEXT + r"\{([^{}]*)\}", r" \1 "),
     (r"(?<=[\d)}])(?:\s+[A-Za-z]{3,}|\s*(?:mm|cm|km|kg|ft|mph|hrs?|min|[ap]\.m)\b)[A-Za-z\s.]*(?:\^\{?[23]\}?)?$", ""),
     (r"(?<=\d)[eE]([-+]?\d{1,3})\b", r"*10^{\1}"), (r"(\d)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
+    (r"\\(frac|sqrt)\s*(\d)", r"\\\1{\2}"),  # LaTeX takes one digit: \frac34
+    (r"(?<![\d.^])(\d+)\s*(\\frac\{\d+\}\s*(?:\d|\{\d+\}))", r"(\1+\2)"),  # 3\frac{1}{2}
     (r"(?<![A-Za-z\\])(pi|sqrt)(?![A-Za-z])", r"\\\1 "), (r"\\\{", "⦃"), (r"\\\}", "⦄"), (r"\\cup(?![a-z])", "∪"),
     (r"^\s*(?:\\?[A-Za-z]+(?:\([A-Za-z]\))?|\([A-Za-z, ]+\))\s*(?:=|\\in(?![A-Za-z]))", ""),  # x = 5 states 5
     (r"^[-\d\s+*/().=]*=", ""),  # and so does 2 + 3 = 5
-]]
-
-
-def extract_answer(text):
-    """The answer behind the last '####', '\\boxed' or 'answer is' with something behind it; a short line without any
-    such marker is its own answer; else None. Only the end of a long text is searched."""
-    text = _tail(text)
-    bare = 0 < len(text) <= MAX_ANSWER and "\n" not in text and not MARKER.search(text)
-    return text if bare else _final_answer(text)
+]
 
 
 def _tail(text):
     return "" if text is None else ANNOTATION.sub("", str(text)[-MAX_TAIL:]).replace("**", "").strip()
 
 
-def _final_answer(text):
+def extract_answer(text, bare=True):
+    """The answer behind the last '####', '\\boxed' or 'answer is' with something behind it; a short line without any
+    such marker is its own answer (if `bare`); else None. Only the end of a long text is searched."""
     text, stack, closing, wordy = _tail(text), [], {}, None
+    if bare and 0 < len(text) <= MAX_ANSWER and "\n" not in text and not MARKER.search(text):
+        return text
     for i, char in enumerate(text):  # all braces at once: hostile text may open thousands of boxes
         if char == "{":
             stack.append(i)
@@ -176,7 +170,7 @@ def _final_answer(text):
 def is_correct(response, gold):
     """Whether a response (a solution or a bare answer) states the gold answer (bare, or a whole gold solution)."""
     text, gold = _tail(response), extract_answer(gold)
-    answer, marked = extract_answer(response), _final_answer(response)
+    answer, marked = extract_answer(response), extract_answer(response, bare=False)
     if not gold or answer and answers_equal(answer, gold):
         return bool(gold)
     number = NUMBER.fullmatch(gold.strip("$. "))
@@ -208,7 +202,7 @@ def answers_equal(a, b):
 def _normalise(answer):
     answer = answer.translate(SYMBOLS)
     for pattern, new in REWRITES:
-        answer = pattern.sub(new, answer).strip().rstrip(".,:")
+        answer = re.sub(pattern, new, answer).strip().rstrip(".,:")
     if answer[:1] not in ("(", "[", "⦃"):  # in brackets a comma separates: (100,101) is a pair, 100,101 a number
         answer = re.sub(r"(?<![\d,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), answer)
     return answer.lower()
@@ -216,24 +210,22 @@ def _normalise(answer):
 
 def _elements(text):
     """(brackets, elements) of a list: ('(]', ['0', '1']); sets and bare lists have none, matrices a ';' a row."""
-    brackets = text[:1] + text[-1:] if text[:1] in ("(", "[", "⦃") and text[-1:] in (")", "]", "⦄") else ""
-    inside = text[1:-1] if brackets else text
-    depths = list(accumulate((c in "([{⦃") - (c in ")]}⦄") for c in inside))
-    if brackets and min(depths, default=0) < 0:  # (1,2)∪(3,4): the first bracket is not the last one's partner
-        brackets, inside, depths = "", text, list(accumulate((c in "([{⦃") - (c in ")]}⦄") for c in text))
-    cuts = [i for i, c in enumerate(inside) if depths[i] == 0 and c in ",;∪"]
-    parts = [inside[i + 1 : j].strip() for i, j in zip([-1] + cuts, cuts + [len(inside)], strict=True)]
+    depths = list(accumulate((c in "([{⦃") - (c in ")]}⦄") for c in text))
+    # in (1,2)∪(3,4) the first bracket is not the last one's partner
+    paired = bool(re.fullmatch(r"(?s)[(\[⦃].*[)\]⦄]", text)) and min(depths[:-1]) > 0
+    cuts = [i for i, c in enumerate(text) if depths[i] == paired and c in ",;∪"]
+    parts = [text[i + 1 : j].strip() for i, j in pairwise([paired - 1, *cuts, len(text) - paired])]
     parts = [part.replace("\\pm", s) for part in parts if part for s in ("+-" if "\\pm" in part else "+")]
-    return brackets.replace("⦃⦄", "") + ";" * inside.count(";"), parts
+    brackets = text[0] + text[-1] if paired else ""
+    return brackets.replace("⦃⦄", "") + ";" * text.count(";"), parts
 
 
 def _same(a, b):
     """Equality of normalised answers."""
     x, y = _value(a), _value(b)
-    if isinstance(x, Fraction) and isinstance(y, Fraction):
-        return x == y
     if x is not None or y is not None:
-        return x is not None and y is not None and cmath.isclose(x, y, rel_tol=1e-9, abs_tol=1e-12)
+        exact = x is None or y is None or isinstance(x, Fraction) and isinstance(y, Fraction)
+        return x == y if exact else cmath.isclose(x, y, rel_tol=1e-9, abs_tol=1e-12)
     (kind, left), (other, right) = _elements(a), _elements(b)
     if kind != other or len(left) != len(right) or len(left) > 40:
         return False
@@ -249,93 +241,78 @@ def _same(a, b):
 
 
 def _value(text):
-    """A Fraction while exact, else a complex number; None if `text` is not plain arithmetic.
+    """A Fraction while exact, else a float or complex number; None if `text` is not plain arithmetic.
+    A letter stands for one fixed odd number, so that x + 1 equals 1 + x and nothing else by accident."""
+    tokens = [" ", *reversed(re.findall(r"\d+\.?\d*|\.\d+|\\[a-z]+|\S", text))]  # the next one last; " " ends them
+    if len(tokens) > 81 or re.search(r"(?<![\\a-z])[a-z]{4,}", text):
+        return None  # 80 tokens also bound the recursion; words such as 'even' are no products
 
-    A letter stands for one fixed odd number, so that x + 1 equals 1 + x and nothing else by accident.
-    """
-    tokens = re.findall(r"\d+\.?\d*|\.\d+|\\[a-z]+|\S", text)[::-1]
-
-    def peek(choices):
-        return bool(tokens) and tokens[-1] in choices
-
-    def total(closing=""):
-        value = product()
-        while peek("+-"):
-            value += product()  # which reads the sign
+    def read(strength, closing=None):
+        """An operand, then each operator that binds more tightly than `strength`, with what it binds (Pratt's way)."""
+        token = tokens.pop()
+        if token[0] in "0123456789.":
+            value = Fraction(token)
+        elif token in "+-":
+            value = -read(3) if token == "-" else read(3)
+        elif token in "([{⦃":
+            value = read(0, ")]}⦄"["([{⦃".index(token)])
+        elif token == "\\frac":
+            value = read(9) / read(9)
+        elif token == "\\sqrt":
+            index = tokens.pop() and read(0, "]") if tokens[-1] == "[" else Fraction(2)
+            value = _power(read(9), 1 / index)
+        elif re.fullmatch(r"[a-z]|\\(?:pi|infty|theta|alpha|beta|gamma|lambda|omega|phi)", token):
+            odd = sum(ord(c) * 7**i for i, c in enumerate(token))
+            value = {"i": 1j, "\\pi": cmath.pi}.get(token) or cmath.sqrt(odd) + 1j * cmath.log(odd)
+        else:
+            raise ValueError
+        while tokens[-1] not in ")]}⦄ ":
+            binds, apply = OPERATORS.get(tokens[-1], OPERATORS["*"])
+            if binds <= strength:
+                break
+            if tokens[-1] in OPERATORS:
+                tokens.pop()
+            elif tokens[-1][0] in "0123456789.":
+                raise ValueError  # '1 2' is neither 12 nor 2
+            value = apply(value, read(min(binds, 3)))
         if closing and tokens.pop() != closing:
             raise ValueError
         return value
 
-    def product():
-        value = sign()
-        while tokens and not peek("+-)}]⦄"):
-            operator = tokens.pop() if peek("*/") else ""
-            if not operator and tokens[-1][0] in DIGITS:
-                raise ValueError  # '1 2' is neither 12 nor 2
-            mixed = not operator and peek(["\\frac"])
-            factor = sign()
-            if mixed and isinstance(value, Fraction) and isinstance(factor, Fraction) and value.denominator == 1:
-                value += factor if value > 0 else -factor  # 3\frac{1}{2}
-            else:
-                value = value / factor if operator == "/" else value * factor
-        return value
-
-    def sign():
-        if peek("+-"):
-            return -sign() if tokens.pop() == "-" else sign()
-        base = atom()
-        return raised(base, tokens.pop() and sign()) if peek("^") else base
-
-    def raised(base, power):
-        if isinstance(base, Fraction) and isinstance(power, Fraction) and power.denominator == 1:
-            if abs(power) * max(base.numerator.bit_length(), base.denominator.bit_length()) <= 4096:
-                return base ** int(power)
-        return complex(base) ** complex(power)
-
-    def atom(single=False):
-        token = tokens.pop()
-        if single and token[0].isdigit() and len(token) > 1:  # LaTeX takes one digit: \frac34
-            tokens.append(token[1:])
-            token = token[0]
-        if token[0] in DIGITS:
-            return Fraction(token)
-        if token in "([{⦃":
-            return total(")]}⦄"["([{⦃".index(token)])
-        if token == "\\frac":
-            return atom(True) / atom(True)
-        if token == "\\sqrt":
-            index = tokens.pop() and total("]") if peek("[") else Fraction(2)
-            return raised(atom(True), 1 / index)
-        if re.fullmatch(r"[a-z]|\\(?:pi|infty|theta|alpha|beta|gamma|lambda|omega|phi)", token):
-            odd = sum(ord(c) * 7**i for i, c in enumerate(token))
-            return {"i": 1j, "\\pi": complex(math.pi)}.get(token) or complex(math.sqrt(odd), math.log(odd))
-        raise ValueError
-
-    try:  # at most 80 tokens: that also bounds the recursion; words such as 'even' are no products
-        value = None if len(tokens) > 80 or re.search(r"(?<![\\a-z])[a-z]{4,}", text) else total()
-        return None if tokens or value is None or not cmath.isfinite(value) else value
+    try:
+        value = read(0, " ")
+        return value if cmath.isfinite(value) else None
     except (ValueError, ArithmeticError, IndexError):
         return None
 
 
+def _power(base, exponent):
+    """Exact only while that is cheap: 9^{999999999} must not take minutes."""
+    size = max(abs(base.numerator), base.denominator).bit_length() if isinstance(base, Fraction) else 0
+    return (base if abs(exponent) * size <= 4096 else complex(base)) ** exponent
+
+
+OPERATORS = {"+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.mul), "/": (2, operator.truediv),
+             "^": (4, _power)}  # how tightly it binds (a sign: 3), and what it does
+
+
 # --- Steps, distances, equations ---
+
+STEP_STARTS = {"lines": r"(?m)^[^\S\n]*\S", "arrows": r"(?s)\A.|(?<=>)."}
 
 
 def split_steps(ids, tokenizer, style="lines"):
-    """Token ids cut into steps; the steps joined are `ids` again. Styles: 'lines' (GSM8K), 'math' (MATH),
-    'arrows' (star graph).
-
-    A token across a boundary stays with the earlier step, the end of text with the last one.
-    """
+    """Token ids cut into steps; the steps joined are `ids` again. Styles: 'lines' (GSM8K: one that is not blank starts
+    a step), 'math' (MATH), 'arrows' (star graph: a '>' ends a step).
+    A token across a boundary stays with the earlier step, the end of text with the last one."""
     ids = list(ids)
-    body = len(ids) - (ids[-1:] == [tokenizer.eos_id])
-    starts, text = _token_starts(ids[:body], tokenizer)
-    bounds = list(accumulate(map(len, STEPS[style](text))))[:-1]
-    steps = {}
-    for token, start in zip(ids[:body], starts, strict=True):
-        steps.setdefault(bisect_right(bounds, start), []).append(token)
-    steps = list(steps.values())
-    return steps[:-1] + [steps[-1] + ids[body:]] if steps else [ids] * bool(ids)
+    starts, text = _token_starts(ids[: len(ids) - (ids[-1:] == [tokenizer.eos_id])], tokenizer)
+    if style == "math":
+        bounds = list(accumulate(map(len, _math_steps(text))))[:-1]
+    else:
+        bounds = [m.start() for m in re.finditer(STEP_STARTS[style], text)][1:]  # the first step starts at 0
+    cuts = [bisect_left(starts, bound) for bound in bounds if bound <= starts[-1]]
+    return [ids[i:j] for i, j in pairwise([0, *cuts, len(ids)]) if i < j]
 
 
 def _token_starts(ids, tokenizer):
@@ -350,53 +327,38 @@ def _token_starts(ids, tokenizer):
     return starts, text
 
 
-def _line_steps(text):
-    lines = re.findall(r"[^\n]*\n+|[^\n]+", text)
-    return _merge(lines, lambda lines: next((i for i, line in enumerate(lines) if not line.strip()), None))
-
-
-def _merge(pieces, choose):
-    """Joins the piece that `choose(pieces)` names to the one before it (the first: to the next) until it names none."""
-    while len(pieces) > 1 and (i := choose(pieces)) is not None:
-        i = max(i, 1)
-        pieces[i - 1 : i + 1] = ["".join(pieces[i - 1 : i + 1])]
-    return pieces
-
-
 def _math_steps(text):
     """Sentences that end at a formula, none tiny, at most nine, and 'The answer is' on its own; see Self-Explore."""
     last = text.rfind("The answer is")
     body, answer = (text, "") if last < 0 else (text[:last], text[last:])
-    pieces = [m[0] for m in re.finditer(r"(?s).+?(?:\n+|\.\$\s+|\$\.\s+|$)", body)]
-
-    def under(limit):
-        return next((i for i, piece in enumerate(pieces) if len(piece) < limit), None)
-
-    _merge(pieces, lambda _: under(20))
-    mean = len(body) / max(1, len(pieces))
-    _merge(pieces, lambda _: under(0.3 * mean))
-    _merge(pieces, lambda _: under(1 + min(map(len, pieces))) if len(pieces) + bool(answer) > 9 else None)
-    if len(pieces) + bool(answer) <= 3:
-        pieces = [half for piece in pieces for half in _bisect(piece)]
+    pieces = _merge(re.findall(r"(?s).+?(?:\n+|\.\$\s+|\$\.\s+|$)", body), 20)
+    pieces = _merge(pieces, 0.3 * len(body) / max(1, len(pieces)))
+    while len(pieces) + bool(answer) > 9:  # the shortest joins the one before it
+        i = max(1, pieces.index(min(pieces, key=len)))
+        pieces[i - 1 : i + 1] = [pieces[i - 1] + pieces[i]]
+    whole, pieces = (pieces, []) if len(pieces) + bool(answer) <= 3 else ([], pieces)
+    for piece in whole:  # too few: halve each near its middle
+        cuts = [m.start() for m in re.finditer(r"(?<=,\$)|(?=, which| so | = | and |Thus|=)", piece)]
+        _, cut = min([(abs(2 * cut - len(piece)), cut) for cut in cuts if 20 < cut < len(piece) - 20], default=(0, 0))
+        pieces += [piece[:cut], piece[cut:]]
     return [piece for piece in [*pieces, answer] if piece]
 
 
-def _bisect(piece):
-    cuts = [m.start() for m in re.finditer(r"(?<=,\$)|(?=, which| so | = | and |Thus|=)", piece)]
-    cuts = [cut for cut in cuts if 20 < cut < len(piece) - 20]
-    cut = min(cuts, key=lambda cut: abs(2 * cut - len(piece)), default=0)
-    return [piece[:cut], piece[cut:]]
-
-
-STEPS = {"lines": _line_steps, "math": _math_steps, "arrows": lambda text: re.findall(r"[^>]*>|[^>]+$", text)}
+def _merge(pieces, limit):
+    """Joins each piece shorter than `limit` to the one before it, and the first to the next ones."""
+    merged = pieces[:1]
+    for piece in pieces[1:]:
+        if min(len(piece), len(merged[-1])) < limit:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return merged
 
 
 def edit_distance(a, b):
     """Levenshtein distance of two sequences (token ids, strings), one row of the table at a time."""
-    codes = {}
-    a, b = (np.array([codes.setdefault(x, len(codes)) for x in seq], dtype=np.int64) for seq in (a, b))
-    steps = np.arange(len(b) + 1)
-    row = steps
+    b = np.array(list(b))
+    row = steps = np.arange(len(b) + 1)
     for i, x in enumerate(a):
         best = np.minimum(row[1:] + 1, row[:-1] + (b != x))  # delete x, or match it
         row = np.minimum.accumulate(np.concatenate(([i + 1], best)) - steps) + steps  # insertions: +1 to the right
@@ -421,25 +383,19 @@ class Tokenizer:
     def from_pretrained(cls, folder):
         """Reads tokenizer.json. The end of text is the first that names a token of: eos_token_id in config.json, in
         generation_config.json, eos_token in tokenizer_config.json, then a usual name in the vocabulary."""
-        folder = Path(folder)
+        folder, configs = Path(folder), []
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(f"{folder / 'tokenizer.json'}:1: {error}; expected a fast tokenizer; add one") from None
+            path = folder / "tokenizer.json"
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            for path in (folder / "config.json", folder / "generation_config.json", folder / "tokenizer_config.json"):
+                configs.append({} | json.loads(path.read_text("utf-8")) if path.exists() else {})
+        except Exception as error:  # the library raises plain Exception; a TypeError is JSON without an object
+            raise DataError(f"{path}:1: {error}; expected a fast tokenizer, JSON objects; restore the file") from None
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        configs = []
-        for path in (folder / "config.json", folder / "generation_config.json", folder / "tokenizer_config.json"):
-            try:
-                configs.append(json.loads(path.read_text("utf-8")) if path.exists() else {})
-            except ValueError:
-                configs.append(None)
-            if not isinstance(configs[-1], dict):
-                raise DataError(f"{path}:1: not JSON; expected a JSON object; restore the file")
-        names = [configs[2].get("eos_token"), *USUAL_EOS]
-        names = [name.get("content") if isinstance(name, dict) else name for name in names]
-        found = [config.get("eos_token_id") for config in configs[:2]]
-        found = [i[0] if isinstance(i, list) and i else i for i in found]
+        name = configs[2].get("eos_token")
+        names = [name.get("content") if isinstance(name, dict) else name, *USUAL_EOS]
+        found = [i[0] if isinstance(i, list) and i else i for i in (c.get("eos_token_id") for c in configs[:2])]
         found += [tokenizer.token_to_id(name) for name in names if isinstance(name, str)]
         eos_id = next((i for i in found if isinstance(i, int) and tokenizer.id_to_token(i) is not None), None)
         if eos_id is None:
@@ -465,21 +421,18 @@ class Tokenizer:
 
 NAMES = "Mia Ben Ava Leo Zoe Max Eva Sam Ida Tom Amy Jon Lia Kai Uma Roy".split()
 THINGS = "shells coins pens stamps cards books beads eggs nuts caps keys rings toys maps bags cups".split()
-VERBS = {  # what the verb does to the total; rare ones stand last
-    1: "found bought got won earned received collected gained added made borrowed picked caught grew gathered inherited".split(),
-    -1: "lost sold gave used ate dropped donated lent broke spent traded mailed burned threw wasted returned".split(),
-    0: "saw counted wanted painted washed drew liked sorted cleaned named photographed admired hid described weighed dusted".split(),
-}
+GAIN = "found bought got won earned received collected gained added made borrowed picked caught grew gathered inherited"
+LOSE = "lost sold gave used ate dropped donated lent broke spent traded mailed burned threw wasted returned"
+KEEP = ("saw counted wanted painted washed drew liked sorted cleaned named photographed admired hid"
+        " described weighed dusted")
+VERBS = {1: GAIN.split(), -1: LOSE.split(), 0: KEEP.split()}  # what each does to the total; rare ones stand last
 LARGEST, OPERANDS, ZIPF = 30, 9, 1.2
 SLIPS = 0.1  # share of the spurious steps that are slips in a sum
 
 
 def zipf(rng, items):
     """One of `items`, the i-th with probability ~ i^-ZIPF: a heavy tail of rare skills, as in language."""
-    return rng.choices(items, cum_weights=_TAIL[: len(items)])[0]
-
-
-_TAIL = list(accumulate(i**-ZIPF for i in range(1, 100)))
+    return rng.choices(items, [i**-ZIPF for i in range(1, len(items) + 1)])[0]
 
 
 def _split_of(question):
@@ -488,7 +441,7 @@ def _split_of(question):
 
 
 def arithmetic_problem(rng, split, steps, distractors):
-    """'Mia had 5 cups, found 7, saw 4, lost 2. How many now?': `steps` numbers count, in any order, `distractors` do not."""
+    """'Mia had 5 cups, found 7, saw 4, lost 2. How many now?': `steps` numbers count, in any order, others do not."""
     while True:
         start = rng.randint(0, LARGEST)
         signs = [rng.choice((-1, 1)) for _ in range(steps)] + [0] * distractors
@@ -501,12 +454,13 @@ def arithmetic_problem(rng, split, steps, distractors):
         thing = zipf(rng, THINGS)
         question = f"{zipf(rng, NAMES)} had {start} {thing}, {told}. How many now?"
         if _split_of(question) == split:
-            return Problem("", question, "", str(start + sum(s * n for s, n in events)), meta=dict(start=start, events=events))
+            total = start + sum(s * n for s, n in events)
+            return Problem("", question, "", str(total), meta=dict(start=start, events=events))
 
 
 def arithmetic_teacher(rng, problem, spurious):
-    """A solution by the simulated teacher: the steps in random order, and before each, with probability `spurious`, one
-    that is beside the point: a distractor added or taken away, or (now and then) a slip in the sum; either is then ignored."""
+    """A solution by the simulated teacher: the steps in random order, and before each, with probability `spurious`,
+    one beside the point: a distractor added or taken away, or (now and then) a slip in the sum; both then ignored."""
     total, events, lines = problem.meta["start"], [e for e in problem.meta["events"] if e[0]], []
     idle = [n for sign, n in problem.meta["events"] if not sign]
     for sign, n in rng.sample(events, len(events)):
@@ -517,7 +471,8 @@ def arithmetic_teacher(rng, problem, spurious):
                 s = s if 0 <= total + s * m <= LARGEST else -s
                 lines.append((total, s, m, total + s * m))
             else:
-                lines.append((total, sign, n, min(max(total + sign * n + s * rng.randint(1, 3), 0), LARGEST)))
+                near = [total + sign * n + d for d in (-3, -2, -1, 1, 2, 3)]
+                lines.append((total, sign, n, rng.choice([c for c in near if 0 <= c <= LARGEST])))
         lines.append((total, sign, n, total + sign * n))
         total += sign * n
     return "".join(f"{a} {'+' if s > 0 else '-'} {n} = {c}\n" for a, s, n, c in lines) + f"#### {total}"
@@ -529,22 +484,18 @@ def judge_steps(problem, text):
     total, left, labels = problem.meta["start"], [tuple(e) for e in problem.meta["events"] if e[0]], []
     idle = [n for s, n in problem.meta["events"] if not s]
     for line in text.split("\n"):
-        step, final = re.fullmatch(r"(\d+) ([+-]) (\d+) = (\d+)", line), re.fullmatch(r"#### (\d+)", line)
-        if not step:
-            labels.append("good" if final and final[1] == problem.answer else "wrong")
-            continue
-        a, n, c = int(step[1]), int(step[3]), int(step[4])
-        s = 1 if step[2] == "+" else -1
-        if a + s * n != c:
-            labels.append("slip")
-        elif n in idle:
-            labels.append("irrelevant")
-        elif a == total and (s, n) in left:
-            left.remove((s, n))
-            total = c
-            labels.append("good")
-        else:
-            labels.append("wrong")
+        step = re.fullmatch(r"(\d+) ([+-]) (\d+) = (\d+)", line)
+        label = "good" if line == f"#### {problem.answer}" else "wrong"
+        if step:
+            a, s, n, c = int(step[1]), int(step[2] + "1"), int(step[3]), int(step[4])
+            if a + s * n != c:
+                label = "slip"
+            elif n in idle:
+                label = "irrelevant"
+            elif a == total and (s, n) in left:
+                left.remove((s, n))
+                total, label = c, "good"
+        labels.append(label)
     return labels
 
 
@@ -554,7 +505,7 @@ def star_problem(rng, split, degree=2, path=4, labels=21):
     while True:
         centre, *nodes = rng.sample(range(labels), 1 + degree * (path - 1))
         arms = [[centre, *nodes[i * (path - 1) : (i + 1) * (path - 1)]] for i in range(degree)]
-        edges = [f"{a}>{b}" for arm in arms for a, b in zip(arm, arm[1:], strict=False)]
+        edges = [f"{a}>{b}" for arm in arms for a, b in pairwise(arm)]
         rng.shuffle(edges)
         arm = rng.choice(arms)
         question, answer = f"{'|'.join(edges)}/{centre}>{arm[-1]}=", ">".join(map(str, arm))
@@ -563,17 +514,14 @@ def star_problem(rng, split, degree=2, path=4, labels=21):
 
 
 def load_problems(data, split="train", limit=0, seed=0, spurious=0.2, steps=4, distractors=2):
-    """Problems of a built-in task ('arithmetic', 'star': made from the seed) or of a JSONL file; limit 0: all of a file."""
+    """Problems of a built-in task ('arithmetic', 'star': made from the seed) or of a JSONL file (limit 0: all)."""
     if data not in ("arithmetic", "star"):
         return read_problems(data, limit or None)
     problems = []
     for i in range(limit):  # each problem has a stream of its own: a longer list begins with the shorter one
         rng = random.Random(f"{seed} {split} {i}")
-        if data == "star":
-            problem = star_problem(rng, split)
-        else:
-            problem = arithmetic_problem(rng, split, steps, distractors)
-            problem.solution = arithmetic_teacher(rng, problem, spurious)
+        problem = star_problem(rng, split) if data == "star" else arithmetic_problem(rng, split, steps, distractors)
+        problem.solution = problem.solution or arithmetic_teacher(rng, problem, spurious)
         problem.id = f"{split}-{seed}-{i}"
         problems.append(problem)
     return problems
@@ -581,13 +529,12 @@ def load_problems(data, split="train", limit=0, seed=0, spurious=0.2, steps=4, d
 
 def builtin_tokenizer():
     """A token for each word, number and sign of the built-in tasks: 'had 5 cups' is three tokens."""
-    words = ["<eos>", "\n", *"+ - = #### , . ? | / > had How many now".split(), *NAMES, *THINGS, *sum(VERBS.values(), [])]
-    vocabulary = {word: i for i, word in enumerate(words + [str(n) for n in range(LARGEST + 1)])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<eos>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Split(" ", "removed"),
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\n,.?|/=>]"), "isolated")])
-    tokenizer.decoder = tokenizers.decoders.Sequence([
-        tokenizers.decoders.WordPiece(prefix="@@"), tokenizers.decoders.Fuse(),
-        tokenizers.decoders.Replace(tokenizers.Regex(r" ?\n ?"), "\n")])
+    signs = "+ - = #### , . ? | / > had How many now".split()
+    words = ["<eos>", "\n", *signs, *NAMES, *THINGS, *sum(VERBS.values(), []), *map(str, range(LARGEST + 1))]
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<eos>"))
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split(Regex(r"[\n,.?|/=>]"), "isolated")])
+    tokenizer.decoder = decoders.Sequence([
+        decoders.WordPiece(prefix="@@"), decoders.Fuse(), decoders.Replace(Regex(r" ?\n ?"), "\n")])
     return Tokenizer(tokenizer, 0)
