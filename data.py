@@ -442,7 +442,7 @@ def _split_of(question):
 
 def arithmetic_problem(rng, split, steps, distractors):
     """'Mia had 5 cups, found 7, saw 4, lost 2. How many now?': `steps` numbers count, in any order, others do not."""
-    while True:
+    for _ in range(100_000):  # a few tries are enough where any are
         start = rng.randint(0, LARGEST)
         signs = [rng.choice((-1, 1)) for _ in range(steps)] + [0] * distractors
         events = [(sign, zipf(rng, range(1, OPERANDS + 1))) for sign in signs]
@@ -456,6 +456,8 @@ def arithmetic_problem(rng, split, steps, distractors):
         if _split_of(question) == split:
             total = start + sum(s * n for s, n in events)
             return Problem("", question, "", str(total), meta=dict(start=start, events=events))
+    raise DataError(f"{split} problems of {steps} steps and {distractors} distractors were not found; expected numbers "
+                    f"up to {OPERANDS}, all different, and totals up to {LARGEST}; ask for fewer")  # fmt: skip
 
 
 def arithmetic_teacher(rng, problem, spurious):
@@ -517,6 +519,8 @@ def load_problems(data, split="train", limit=0, seed=0, spurious=0.2, steps=4, d
     """Problems of a built-in task ('arithmetic', 'star': made from the seed) or of a JSONL file (limit 0: all)."""
     if data not in ("arithmetic", "star"):
         return read_problems(data, limit or None)
+    if split not in ("train", "val", "test"):
+        raise DataError(f"split {split!r}; expected train, val or test; choose one")
     problems = []
     for i in range(limit):  # each problem has a stream of its own: a longer list begins with the shorter one
         rng = random.Random(f"{seed} {split} {i}")

@@ -14,17 +14,14 @@ policies are compared on the same problems, problem by problem, not by two inter
 """
 
 import math
-import platform
-import shutil
-import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from data import DEFAULT_PROMPT, answers_equal, extract_answer, judge_steps, load_problems
-from rollout import best_of, entry, estimate_values, flag, load_policy, parse, read_rows, sample, to_value, write_json
+from rollout import UsageError, best_of, claim, entry, estimate_values, flag, load_policy, parse, read_rows, sample
+from rollout import to_value, write_json
 
 
 def wilson(right, n, z=1.96):
@@ -144,20 +141,12 @@ def pit_report(problems, values, k):
     return f"{text}; a pit is false with chance {np.mean(false):.1%} at most" if false else text
 
 
-def provenance():
-    """Where a result comes from: the commit, torch's version, the device."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return dict(commit=commit or "unknown", torch=torch.__version__, device_name=device)
-
-
 @dataclass
 class EvaluateConfig:
     model: str = flag("", "Hugging Face folder of the policy")
     baseline: str = flag("", "folder of a second policy: a paired comparison on the same problems")
     data: str = flag("arithmetic", "arithmetic, star, or a JSONL file of problems")
-    split: str = flag("test", "of a built-in task: train, val or test")
+    split: str = flag("test", "of a built-in task: train, val or test", choices="train val test")
     limit: int = flag(1000, "the first problems only; 0 = all of a file")
     out: str = flag("runs/evaluate", "folder for results.json and the raw responses")
     prompt: str = flag("", "prompt format, {question} is replaced; empty = the one train.py uses for this data")
@@ -176,12 +165,16 @@ def main():
     c = parse(EvaluateConfig, __doc__)
     c.prompt = c.prompt or {"arithmetic": "{question}\n", "star": "{question}"}.get(c.data, DEFAULT_PROMPT)
     problems, out, results = load_problems(c.data, c.split, c.limit), Path(c.out), {}
-    for name, folder in (("base", c.baseline), ("model", c.model)):
-        if folder or name == "model":
-            policy = load_policy(folder, c)
-            results[name] = evaluate(policy, problems, out / name, max_new_tokens=c.max_new_tokens, samples=c.samples,
-                                     temperature=c.temperature, seed=c.seed)  # fmt: skip
-    write_json(out / "results.json", dict(config=asdict(c) | provenance(), **results))
+    if not problems:
+        raise UsageError("no problems; expected --limit of at least 1 for a built-in task; raise it")
+    policies = {name: load_policy(folder, c) for name, folder in (("base", c.baseline), ("model", c.model))
+                if folder or name == "model"}  # fmt: skip
+    policies["model"].prompt(problems[0])  # a wrong prompt format fails here, before anything is written
+    claim(c, out / "config.json")
+    for name, policy in policies.items():
+        results[name] = evaluate(policy, problems, out / name, max_new_tokens=c.max_new_tokens, samples=c.samples,
+                                 temperature=c.temperature, seed=c.seed)  # fmt: skip
+    write_json(out / "results.json", results)
     print(table(results))
     if c.values:
         rows = {row["id"]: row for row in read_rows(out / "model" / "greedy.jsonl")}

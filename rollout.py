@@ -23,6 +23,9 @@ import argparse
 import hashlib
 import json
 import os
+import platform
+import shutil
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
@@ -44,9 +47,9 @@ class UsageError(ValueError):
     """One line for the user: what is wrong, what was expected, the mend. Leaves with exit code 2."""
 
 
-def flag(default, text, least=0):
-    """A field of a configuration: its default, the line that --help shows, and the least a number may be."""
-    return field(default=default, metadata={"help": text, "least": least})
+def flag(default, text, least=0, most=1e18, choices=None):
+    """A field of a configuration: its default, the line that --help shows, and what values it may have."""
+    return field(default=default, metadata=dict(help=text, least=least, most=most, choices=choices))
 
 
 def parse(config_class, description, argv=None):
@@ -62,8 +65,11 @@ def parse(config_class, description, argv=None):
     config = config_class(**vars(parser.parse_args(argv)))
     for f in fields(config_class):
         value = getattr(config, f.name)
-        if isinstance(value, (int, float)) and not f.metadata["least"] <= value < float("inf"):
-            parser.error(f"argument --{f.name.replace('_', '-')}: {value}; expected at least {f.metadata['least']}")
+        least, most, choices = (f.metadata[key] for key in ("least", "most", "choices"))
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            parser.error(f"argument --{f.name.replace('_', '-')}: {value}; expected {least} to {most}")
+        if choices and value not in choices.split():
+            parser.error(f"argument --{f.name}: {value}; expected {', '.join(choices.split())}")
     return config
 
 
@@ -121,6 +127,28 @@ def write_json(path, value):
     temporary = Path(f"{path}.tmp")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def provenance():
+    """Where a result comes from: the commit, torch's version, the device."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return dict(commit=commit or "unknown", torch=torch.__version__, device_name=device)
+
+
+def claim(config, path):
+    """Store a configuration with its results at `path`; refuse a folder that another one has begun to fill."""
+    mine, path = asdict(config) | provenance(), Path(path)
+    free = {"mode", "out", "slots", "device", "threads", "save_seconds", *provenance()}  # these change no result
+    if path.exists():
+        there = json.loads(path.read_text("utf-8"))
+        key = next((key for key in mine if key not in free and there.get(key) != mine[key]), None)
+        if key:
+            raise UsageError(f"{path}: a run with {key} = {there.get(key)!r}, not {mine[key]!r}; "
+                             "expected the same configuration; choose another --out")  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, mine)
 
 
 def load_policy(folder, config, train=False):
@@ -543,7 +571,7 @@ def make_pairs(form, policy, problems, rollouts, values, seed=0, limit=8):
             count[row["id"]] += 1
             pair = dict(id=row["id"], form=form, pit=pit)
             for side, tokens in (("prompt", prompt), ("chosen", chosen[0]), ("rejected", rejected)):
-                pair[side] = policy.tokenizer.decode(tokens, skip_special_tokens=True)
+                pair[side] = policy.tokenizer.decode([t for t in tokens if t != policy.tokenizer.eos_id])
                 pair[f"{side}_ids"] = tokens
             pairs.append(pair)
     return pairs
@@ -563,7 +591,7 @@ class RolloutConfig:
     temperature: float = flag(0.7, "sampling temperature; 0 is greedy")
     max_new_tokens: int = flag(256, "tokens a solution may have", 1)
     values: int = flag(0, "K: rollouts per step prefix of the wrong solutions; 0 = no values")
-    scan: str = flag("first", "full, first (stop at the first pit) or bisect")
+    scan: str = flag("first", "full, first (stop at the first pit) or bisect", choices="full first bisect")
     seed: int = flag(0, "of the random streams")
     slots: int = flag(0, "rows that decode together; 0 = as fits in memory")
     device: str = flag("", "cpu or cuda; empty = cuda where there is one")
@@ -574,8 +602,10 @@ class RolloutConfig:
 def main():
     c = parse(RolloutConfig, __doc__)
     problems, policy, out = load_problems(c.data, "train", c.limit), load_policy(c.model, c), Path(c.out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "rollout_config.json", asdict(c))
+    if not problems:
+        raise UsageError("no problems; expected --limit of at least 1 for a built-in task; raise it")
+    policy.prompt(problems[0])  # a wrong prompt format fails here, before anything is written
+    claim(c, out / "rollout_config.json")
     drawing = dict(max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed)
     rollouts = sample(policy, problems, out / "rollouts.jsonl", n=c.samples, **drawing)
     verdicts = [s["correct"] for p in problems for s in rollouts[p.id]["samples"]]

@@ -25,7 +25,6 @@ Differences from the paper:
 
 import csv
 import itertools
-import json
 import math
 import os
 import time
@@ -43,10 +42,10 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import DEFAULT_PROMPT, builtin_tokenizer, load_problems
-from evaluate import evaluate, pit_report, provenance, table
+from evaluate import evaluate, pit_report, table
 from model import GPT, Config
-from rollout import Policy, UsageError, advantages, append_rows, entry, estimate_values, flag, load_policy, make_pairs
-from rollout import parse, sample, select_diverse, to_value, write_json
+from rollout import Policy, UsageError, advantages, append_rows, claim, entry, estimate_values, flag, load_policy
+from rollout import make_pairs, parse, sample, select_diverse, to_value, write_json
 
 # ---------------------------------------------------------------- losses
 
@@ -343,14 +342,16 @@ DEFAULTS = {  # what must differ by task, in one table; flags of the same name o
 
 @dataclass
 class TrainConfig:
-    mode: str = flag("neg", "sft, pos (right solutions), neg (wrong ones too), or base (the built-in tasks' start)")
+    mode: str = flag("neg", "sft, pos (right solutions), neg (wrong ones too), or base (the built-in tasks' start)",
+                     choices="sft pos neg base")
     model: str = flag("", "Hugging Face folder to start from; empty = the built-in task's base")
     data: str = flag("arithmetic", "arithmetic, star, or a JSONL file of problems with solutions")
     test_data: str = flag("", "JSONL file to evaluate on; empty = every tenth problem of --data, kept out of training")
     out: str = flag("", "run folder; empty = runs/TASK")
-    split: str = flag("test", "built-in tasks: evaluate on test, or on val to choose hyperparameters")
+    split: str = flag("test", "built-in tasks: evaluate on test, or on val to choose hyperparameters",
+                      choices="train val test")
     seed: int = flag(0, "of problems, batches and samples")
-    spurious: float = flag(0.2, "arithmetic: chance of a spurious step before each step of the teacher")
+    spurious: float = flag(0.2, "arithmetic: chance of a spurious step before each step of the teacher", most=1)
     steps: int = flag(4, "arithmetic: numbers that count, per problem", 1)
     distractors: int = flag(2, "arithmetic: numbers that do not count, per problem")
     prompt: str | None = flag(None, "prompt format, {question} is replaced")
@@ -362,9 +363,12 @@ class TrainConfig:
     keep: int = flag(4, "right solutions kept per problem, the most diverse (RFT)")
     negatives: int | None = flag(None, "wrong solutions valued per problem")
     rollouts: int | None = flag(None, "K: Monte Carlo rollouts per step prefix", 1)
-    scan: str = flag("first", "which steps are valued: full, first (up to the first pit) or bisect")
-    pairs: str = flag("continuation", "form of the pairs: continuation, step, algorithm1, response, farthest")
-    loss: str = flag("dpo", "of --mode neg: dpo (Eq. 1 on the pairs) or awr (Eq. 4, values every step)")
+    scan: str = flag("first", "which steps are valued: full, first (up to the first pit) or bisect",
+                     choices="full first bisect")
+    pairs: str = flag("continuation", "form of the pairs: continuation, step, algorithm1, response, farthest",
+                      choices="continuation step algorithm1 response farthest")
+    loss: str = flag("dpo", "of --mode neg: dpo (Eq. 1 on the pairs) or awr (Eq. 4, values every step)",
+                     choices="dpo awr")
     beta: float = flag(0.3, "of Eq. 1 and Eq. 4; the paper: 0.3 on GSM8K, 0.1 on MATH", 1e-9)
     nll: float = flag(0.0, "weight of the likelihood of positives beside Eq. 1; 0 = Eq. 1 alone")
     batch: int | None = flag(None, "examples (and pairs) per optimizer step", 1)
@@ -399,11 +403,6 @@ def resolve(c):
     if column == 2 and not c.model:
         raise UsageError("--model is missing; expected a Hugging Face folder to train on a JSONL file; name one")
     c = replace(c, out=c.out or f"runs/{Path(c.data).stem}", model=c.model or ("" if column == 2 else str(BASE)))
-    choices = dict(mode="base sft pos neg", loss="dpo awr", scan="full first bisect", split="train val test",
-                   pairs="continuation step algorithm1 response farthest")  # fmt: skip
-    for key, allowed in ((key, names.split()) for key, names in choices.items()):
-        if getattr(c, key) not in allowed:
-            raise UsageError(f"--{key} {getattr(c, key)}; expected {', '.join(allowed)}; choose one")
     return c
 
 
@@ -434,14 +433,16 @@ def run(c):
     untaught = next((p.id for p in train if not p.solution), None)
     if untaught is not None:
         raise UsageError(f"{c.data}: problem {untaught} has no solution; expected one to imitate; take it out")
-    claim(c, out)
+    if not test:
+        raise UsageError(f"{c.data}: no test problems; expected ten problems at least, or --test-data; name a file")
+    teacher = [example(policy, p, policy.tokenizer.encode(p.solution) + [policy.tokenizer.eos_id]) for p in train]
+    claim(c, out / "config.json")
     for name, problems in (("data", train), ("test", test)):  # as drawn: the run can be read without its source
         (out / f"{name}.jsonl").unlink(missing_ok=True)
         append_rows(out / f"{name}.jsonl", [asdict(p) for p in problems])
     log, by_id = out / "metrics.csv", {p.id: p for p in train}
     generator = out / "generator" if c.generator_epochs < c.sft_epochs else out / "sft"
     early = (c.generator_epochs, generator) if generator.name == "generator" else None
-    teacher = [example(policy, p, policy.tokenizer.encode(p.solution) + [policy.tokenizer.eos_id]) for p in train]
     fit(policy, out / "sft", log, teacher, [], c, epochs=c.sft_epochs, lr=c.lr, keep_at=early)
     if c.mode != "sft":
         policy = load_policy(generator, c)
@@ -467,7 +468,7 @@ def run(c):
                 weigh = lambda r: awr_weights(r["values"], r["ends"], c.beta)  # noqa: E731
                 pairs, positives = [], [replace(example(policy, by_id[r["id"]], r["ids"]), weights=weigh(r))
                                         for r in values.values()]  # fmt: skip
-            if awr or pairs:
+            if pairs or awr and positives:
                 fit(policy, out / "neg", log, positives, pairs, c, epochs=c.neg_epochs, lr=c.neg_lr)
             else:
                 print("no pairs, so neg is not trained: no right way to go on was found before any pit; "
@@ -480,20 +481,6 @@ def run(c):
                                      samples=c.eval_samples, temperature=c.temperature, seed=c.seed)  # fmt: skip
     write_json(out / "results.json", results)
     print(table(results))
-
-
-def claim(c, out):
-    """Store the configuration with the run; refuse a folder that another one has filled."""
-    out.mkdir(parents=True, exist_ok=True)
-    mine, path = asdict(c) | provenance(), out / "config.json"
-    free = {"mode", "out", "slots", "device", "dtype", "threads", "save_seconds", *provenance()}  # change no result
-    if path.exists():
-        there = json.loads(path.read_text("utf-8"))
-        key = next((k for k in mine if k not in free and there.get(k) != mine[k]), None)
-        if key:
-            raise UsageError(f"{out} holds a run with {key} = {there.get(key)!r}, not {mine[key]!r}; "
-                             f"expected the same configuration; choose another --out")  # fmt: skip
-    write_json(path, mine)
 
 
 def example(policy, problem, response):

@@ -226,7 +226,8 @@ def test_command_line(folder, monkeypatch, capsys):
     code, output = run_cli(monkeypatch, capsys, "--model", folder / "m", "--baseline", folder / "b", *flags)
     assert code == 0 and [line.split()[0] for line in output.out.split("\n")[1:3]] == ["base", "model"], output
     results = json.loads((folder / "o" / "results.json").read_text())
-    assert results["model"]["problems"] == 4 and {"commit", "torch"} <= set(results["config"])
+    stored = json.loads((folder / "o" / "config.json").read_text())
+    assert results["model"]["problems"] == 4 and {"commit", "torch"} <= set(stored)
     greedy = [(folder / "o" / name / "greedy.jsonl").read_text() for name in ("base", "model")]
     assert greedy[0] != greedy[1]
 

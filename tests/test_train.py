@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from data import builtin_tokenizer, load_problems
 from model import GPT, Config
-from rollout import Policy, UsageError
+from rollout import Policy, UsageError, parse
 from train import (
     Example,
     TrainConfig,
@@ -531,10 +531,12 @@ def test_defaults_by_task():
 
 
 @pytest.mark.parametrize("name", ["mode", "loss", "scan", "pairs", "split"])
-def test_unknown_choices(name):
+def test_unknown_choices(name, capsys):
     """A mistyped choice that is silently taken for the default."""
-    with pytest.raises(UsageError, match="choose one"):
-        resolve(TrainConfig(**{name: "both"}))
+    with pytest.raises(SystemExit) as stop:
+        parse(TrainConfig, "", [f"--{name}", "both"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and f"--{name}: both; expected" in error
 
 
 def test_counts_of_a_run(tmp_path):
