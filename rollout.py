@@ -92,6 +92,11 @@ def entry(main):
         sys.exit(130)
 
 
+def progress(name, unit, total, done):
+    """A progress bar; where nobody watches (a file, a pipe) a line now and then."""
+    return tqdm(total=total, initial=done, desc=name, unit=unit, mininterval=0.2 if sys.stderr.isatty() else 30)
+
+
 def read_rows(path):
     """The rows of a JSONL file of ours; a last line cut short by a crash is taken off the file."""
     path, rows, good = Path(path), [], 0
@@ -154,6 +159,8 @@ def claim(config, path):
 def load_policy(folder, config, train=False):
     """The model and tokenizer in `folder`, on the device and in the dtype that `config` names or that suit it. A model
     to train has fp32 weights, and the dtype is that of its activations: bf16 weights would lose small updates."""
+    if not folder:
+        raise UsageError("--model is missing; expected a Hugging Face folder with model.safetensors; name one")
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = config.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     if dtype not in ("float32", "bfloat16"):
@@ -392,7 +399,7 @@ def sample(policy, problems, path, *, n, max_new_tokens, temperature, seed):
     """
     rows = {row["id"]: row for row in read_rows(path)}
     todo = [p for p in problems if p.id not in rows]
-    bar = tqdm(total=len(problems), initial=len(rows), desc="sample", unit="problem", disable=None)
+    bar = progress("sample", "problem", len(problems), len(problems) - len(todo))
     size = max(1, policy.portion // n)
     for start in range(0, len(todo), size):
         batch = todo[start : start + size]
@@ -493,7 +500,7 @@ def estimate_values(policy, problems, solutions, path, *, k, scan, max_new_token
     """
     rows = {(row["id"], row["sample"]): row for row in read_rows(path)}
     todo = [key for key in solutions if key not in rows]
-    bar = tqdm(total=len(solutions), initial=len(rows), desc="values", unit="solution", disable=None)
+    bar = progress("values", "solution", len(solutions), len(solutions) - len(todo))
     size = max(1, policy.portion // k)
     for start in range(0, len(todo), size):
         new = {}

