@@ -493,10 +493,10 @@ def estimate_values(policy, problems, solutions, path, *, k, scan, max_new_token
     """Monte Carlo values of the steps of `solutions`, rows of the JSONL file `path`; solutions already there are kept.
 
     solutions: {(problem id, sample number): (ids, correct, V(x))}, V(x) being the share of the problem's samples that
-    are right. A row: {id, sample, correct, ids, text, ends, values, pit, right}: the steps end at the token counts
-    `ends`, values [V(x), Q_1..Q_L] the means over k rollouts (null: not looked at; Q_L: the checker's verdict),
-    `right` the distinct correct continuations found just before the pit.
-    Wrong solutions are scanned by `scan`; correct ones have no zero to stop at and are scanned in full.
+    are right. A row: {id, sample, correct, ids, text, ends, values, best, pit, right}. Steps end at the token counts
+    `ends`. values: [V(x), Q_1..Q_L], means over k rollouts (null: not looked at; Q_L: the checker's verdict). best: the
+    same of the best of k, by one draw: 1 if any is right. right: the distinct correct continuations found just before
+    the pit. Wrong solutions are scanned by `scan`; correct ones have no zero to stop at and are scanned in full.
     """
     rows = {(row["id"], row["sample"]): row for row in read_rows(path)}
     todo = [key for key in solutions if key not in rows]
@@ -530,6 +530,7 @@ def estimate_values(policy, problems, solutions, path, *, k, scan, max_new_token
                 new[key]["values"][t] = len(found[request]) / k
         for key, row in new.items():
             row["pit"] = first_pit(row["values"])
+            row["best"] = [None if q is None else float(q > 0) for q in row["values"]]
             before = key[0], tuple(row["ids"][: ([0] + row["ends"])[row["pit"] - 1]])
             row["right"] = [list(way) for way in dict.fromkeys(map(tuple, found.get(before, [])))]
         append_rows(path, list(new.values()))
