@@ -22,9 +22,10 @@ import operator
 import random
 import re
 import zlib
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -432,7 +433,13 @@ SLIPS = 0.1  # share of the spurious steps that are slips in a sum
 
 def zipf(rng, items):
     """One of `items`, the i-th with probability ~ i^-ZIPF: a heavy tail of rare skills, as in language."""
-    return rng.choices(items, [i**-ZIPF for i in range(1, len(items) + 1)])[0]
+    weights = _heavy_tail(len(items))
+    return items[bisect_right(weights, rng.random() * weights[-1], 0, len(items) - 1)]
+
+
+@cache
+def _heavy_tail(n):
+    return list(accumulate(i**-ZIPF for i in range(1, n + 1)))
 
 
 def _split_of(question):
@@ -442,7 +449,7 @@ def _split_of(question):
 
 def arithmetic_problem(rng, split, steps, distractors):
     """'Mia had 5 cups, found 7, saw 4, lost 2. How many now?': `steps` numbers count, in any order, others do not."""
-    for _ in range(100_000):  # a few tries are enough where any are
+    for _ in range(100_000):  # some hundred are usual: numbers repeat
         start = rng.randint(0, LARGEST)
         signs = [rng.choice((-1, 1)) for _ in range(steps)] + [0] * distractors
         events = [(sign, zipf(rng, range(1, OPERANDS + 1))) for sign in signs]
