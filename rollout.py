@@ -192,6 +192,10 @@ class Policy:
         """The prompt's token ids. Prompt and solution are tokenized apart, in training as in sampling."""
         return self.tokenizer.encode(format_prompt(self.prompt_format, problem.question))
 
+    def text(self, ids):
+        """The text of token ids without end of text, by its id: not every tokenizer calls it special."""
+        return self.tokenizer.decode([i for i in ids if i != self.tokenizer.eos_id])
+
     def generate(self, prompts, **options):
         return generate(self.model, prompts, stop_ids=[self.tokenizer.eos_id], vocab_size=self.tokenizer.vocab_size,
                         slots=self.slots, stats=self.stats, **options)  # fmt: skip
@@ -509,7 +513,7 @@ def estimate_values(policy, problems, solutions, path, *, k, scan, max_new_token
             ends = [len(step) for step in split_steps(ids, policy.tokenizer, problems[key[0]].style)]
             ends = np.cumsum(ends).tolist()
             new[key] = dict(id=key[0], sample=key[1], correct=correct, ids=ids, ends=ends,
-                            text=policy.tokenizer.decode(ids, skip_special_tokens=True),
+                            text=policy.text(ids),
                             values=[v] + [None] * (len(ends) - 1) + [float(correct)])  # fmt: skip
         found = {}  # {(problem id, prefix): correct continuations}; many solutions begin alike
         while True:
@@ -579,8 +583,7 @@ def make_pairs(form, policy, problems, rollouts, values, seed=0, limit=8):
             count[row["id"]] += 1
             pair = dict(id=row["id"], form=form, pit=pit)
             for side, tokens in (("prompt", prompt), ("chosen", chosen[0]), ("rejected", rejected)):
-                pair[side] = policy.tokenizer.decode([t for t in tokens if t != policy.tokenizer.eos_id])
-                pair[f"{side}_ids"] = tokens
+                pair[side], pair[f"{side}_ids"] = policy.text(tokens), tokens
             pairs.append(pair)
     return pairs
 

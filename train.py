@@ -209,8 +209,8 @@ def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=Non
     checkpoint_path = folder / "checkpoint.safetensors"
     start = load_checkpoint(checkpoint_path, weights, optimizer, steps)
     cut_log(log_path, name, start)
-    if not start and examples:
-        show(policy, examples[0], pairs[0] if pairs else None)
+    if not start:
+        show(policy, examples, pairs)
     bar, saved = progress(name, "step", steps, start), time.monotonic()
     for step in range(start, steps):
         began = time.monotonic()
@@ -304,14 +304,16 @@ def cut_log(path, stage, start):
         os.replace(f"{path}.tmp", path)
 
 
-def show(policy, example, pair):
-    """Print what the loss sees, the masked prompt in brackets."""
+def show(policy, examples, pairs):
+    """Print what the loss sees of the first example, or pair where there are any; the masked prompt in brackets."""
     decode = policy.tokenizer.decode
-    if pair:
+    if pairs:
+        pair = pairs[0]
         print(f"a pair, no loss on what stands in brackets: [{decode(pair['prompt_ids'])}]")
         print(f"  chosen:   {decode(pair['chosen_ids'])!r}\n  rejected: {decode(pair['rejected_ids'])!r}")
     else:
-        print(f"an example, no loss on what stands in brackets: [{decode(example.prompt)}]{decode(example.response)}")
+        prompt, response = decode(examples[0].prompt), decode(examples[0].response)
+        print(f"an example, no loss on what stands in brackets: [{prompt}]{response}")
 
 
 # ---------------------------------------------------------------- the run
