@@ -380,6 +380,7 @@ class TrainConfig:
     generator_epochs: float | None = flag(None, "epochs of the SFT run after which its copy generates")
     pos_epochs: float | None = flag(None, "epochs over teacher's and own positives")
     neg_epochs: float | None = flag(None, "epochs of the per-step loss")
+    rounds: int = flag(1, "of the per-step loss: each further one samples and values the policy of the one before", 1)
     warmup: float = flag(0.1, "share of the steps in which the learning rate rises")
     weight_decay: float = flag(0.01, "of AdamW")
     clip: float = flag(1.0, "largest norm of the gradient", 1e-9)
@@ -446,36 +447,26 @@ def run(c):
     early = (c.generator_epochs, generator) if generator.name == "generator" else None
     fit(policy, out / "sft", log, teacher, [], c, epochs=c.sft_epochs, lr=c.lr, keep_at=early)
     if c.mode != "sft":
-        policy = load_policy(generator, c)
-        drawing = dict(max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed)
-        rollouts = sample(policy, train, out / "rollouts.jsonl", n=c.samples, **drawing)
-        right = {p.id: [s for s in rollouts[p.id]["samples"] if s["correct"]] for p in train}
-        share = sum(map(len, right.values())) / (c.samples * len(train))
-        print(f"the generator is right on {share:.1%} of its samples")
-        positives = teacher + [example(policy, p, s["ids"]) for p in train for s in select_diverse(right[p.id], c.keep)]
-        if c.mode == "neg":
-            awr = c.loss == "awr"  # weighs every step of right and wrong solutions, so it needs all their values
-            solutions = to_value(train, rollouts, c.negatives, c.keep if awr else 0)
-            values = estimate_values(policy, by_id, solutions, out / "values.jsonl", k=c.rollouts,
-                                     scan="full" if awr else c.scan, **drawing)  # fmt: skip
-            pairs = make_pairs(c.pairs, policy, by_id, rollouts, values, c.seed, c.negatives)
-            (out / "pairs.jsonl").unlink(missing_ok=True)
-            append_rows(out / "pairs.jsonl", pairs)
-            print(f"{pit_report(by_id, values, c.rollouts)}; {len(pairs)} pairs")
+        rollouts = draw_solutions(load_policy(generator, c), train, out, c)
         policy = load_policy(c.model, c, train=True)
+        positives = teacher + own_positives(policy, train, rollouts, c.keep)
         fit(policy, out / "pos", log, positives, [], c, epochs=c.pos_epochs, lr=c.lr)
-        if c.mode == "neg":
-            if awr:
-                weigh = lambda r: awr_weights(r["values"], r["ends"], c.beta)  # noqa: E731
-                pairs, positives = [], [replace(example(policy, by_id[r["id"]], r["ids"]), weights=weigh(r))
-                                        for r in values.values()]  # fmt: skip
-            if pairs or awr and positives:
-                fit(policy, out / "neg", log, positives, pairs, c, epochs=c.neg_epochs, lr=c.neg_lr)
-            else:
-                print("no pairs, so neg is not trained: no right way to go on was found before any pit; "
-                      "raise --samples, --rollouts or --sft-epochs, or take easier problems")  # fmt: skip
+    names = ["neg", *(f"neg{i}" for i in range(2, c.rounds + 1))] if c.mode == "neg" else []
+    start, folder = out / "pos", out
+    for i, name in enumerate(names):  # round 1 learns from the generator's solutions, the next from its own
+        if i:
+            folder, generator = out / f"round{i + 1}", start
+            rollouts = draw_solutions(load_policy(generator, c), train, folder, c, i)
+        examples, pairs = negatives(load_policy(generator, c), by_id, rollouts, folder, c, i)
+        if not examples and not pairs:
+            print(f"no pairs, so {name} is not trained: no right way to go on was found before any pit; "
+                  "raise --samples, --rollouts or --sft-epochs, or take easier problems")  # fmt: skip
+            break
+        fit(load_policy(start, c, train=True), out / name, log, examples or positives, pairs, c, epochs=c.neg_epochs,
+            lr=c.neg_lr)  # fmt: skip
+        start = out / name
     results = {}
-    for name in ("sft", "pos", "neg"):
+    for name in ("sft", "pos", *sorted(path.name for path in out.glob("neg*"))):
         if (out / name / "model.safetensors").exists():
             policy = load_policy(out / name, c)
             results[name] = evaluate(policy, test, out / name / "eval", max_new_tokens=c.max_new_tokens,
@@ -486,6 +477,43 @@ def run(c):
 
 def example(policy, problem, response):
     return Example(problem.id, policy.prompt(problem), list(response))
+
+
+def drawing(c, i=0):
+    """How round i draws: streams of its own, for samples and (one further) for the rollouts from their steps."""
+    return dict(max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed + 1000 * i)
+
+
+def draw_solutions(policy, problems, folder, c, i=0):
+    """The policy's solutions of its own training problems: rollouts.jsonl in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rollouts = sample(policy, problems, folder / "rollouts.jsonl", n=c.samples, **drawing(c, i))
+    share = np.mean([s["correct"] for p in problems for s in rollouts[p.id]["samples"]])
+    print(f"the generator is right on {share:.1%} of its samples")
+    return rollouts
+
+
+def own_positives(policy, problems, rollouts, keep):
+    """D+: the right solutions among the rollouts, at most `keep` a problem, the most diverse."""
+    return [example(policy, p, s["ids"]) for p in problems
+            for s in select_diverse([s for s in rollouts[p.id]["samples"] if s["correct"]], keep)]  # fmt: skip
+
+
+def negatives(policy, problems, rollouts, folder, c, i=0):
+    """What the per-step loss learns from: ([], pairs) for Eq. 1, (weighted examples, []) for Eq. 4. Writes values.jsonl
+    and pairs.jsonl in `folder`; policy: who drew the rollouts. problems: {id: problem}."""
+    awr = c.loss == "awr"  # weighs every step of right and wrong solutions, so it needs all their values
+    solutions = to_value(problems.values(), rollouts, c.negatives, c.keep if awr else 0)
+    values = estimate_values(policy, problems, solutions, folder / "values.jsonl", k=c.rollouts,
+                             scan="full" if awr else c.scan, **drawing(c, i))  # fmt: skip
+    pairs = make_pairs(c.pairs, policy, problems, rollouts, values, c.seed, c.negatives)
+    (folder / "pairs.jsonl").unlink(missing_ok=True)
+    append_rows(folder / "pairs.jsonl", pairs)
+    print(f"{pit_report(problems, values, c.rollouts)}; {len(pairs)} pairs")
+    if not awr:
+        return [], pairs
+    return [replace(example(policy, problems[r["id"]], r["ids"]), weights=awr_weights(r["values"], r["ends"], c.beta))
+            for r in values.values()], []  # fmt: skip
 
 
 def load_data(c):

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rollout
 import train
 from data import load_problems
+from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--limit 60 --test-limit 12 --samples 6 --negatives 2 --rollouts 3 --keep 2 --batch 16 --sft-epochs 2 "
@@ -125,6 +127,25 @@ def test_pos_reuses_what_is_there(run, monkeypatch, capsys):
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in before} == before
     assert (out / "metrics.csv").read_bytes() == metrics and (out / "results.json").read_bytes() == results
     assert output.out.strip().split("\n")[-4:] == printed.strip().split("\n")[-4:]
+
+
+def test_a_second_round_learns_from_the_first(run, tmp_path, monkeypatch, capsys):
+    """A round that samples the old policy, starts from it, or overwrites what the first round found."""
+    out, _ = run
+    shutil.copytree(out, tmp_path / "x")
+    code, output = in_process(train.main, monkeypatch, capsys, "--out", tmp_path / "x", "--rounds", 2, *TINY)
+    assert code == 0, output.err
+    assert [line.split()[0] for line in output.out.strip().split("\n")[-4:]] == ["sft", "pos", "neg", "neg2"]
+    for name in ("rollouts.jsonl", "values.jsonl", "pairs.jsonl", "neg/model.safetensors"):
+        assert (tmp_path / "x" / name).read_bytes() == (out / name).read_bytes()
+    policy = rollout.load_policy(out / "neg", TrainConfig(threads=1, prompt="{question}\n"))
+    problem = load_problems("arithmetic", "train", 1, steps=3, distractors=1)[0]
+    drawn = policy.generate([policy.prompt(problem)], n=6, max_new_tokens=48, temperature=0.7, seed=1000)
+    row = rows_of(tmp_path / "x" / "round2" / "rollouts.jsonl")[0]
+    assert row["id"] == problem.id and [s["ids"] for s in row["samples"]] == drawn[0], "drawn by the first round's neg"
+    with open(tmp_path / "x" / "metrics.csv", newline="") as file:
+        first = next(r for r in csv.DictReader(file) if r["stage"] == "neg2")
+    assert abs(float(first["margin"])) < 1e-4, "the reference is the model of the round before"
 
 
 def test_another_configuration_is_refused(run, monkeypatch, capsys):
