@@ -116,6 +116,7 @@ def q_by_step(policy, problems, solutions, folder, *, k, max_new_tokens, tempera
     """Average Q of the first, second, ... step of solutions (as of `to_value`) under `policy` (Fig. 7), for one rollout
     and for the best of 5, which is the paper's rollout policy."""
     by_id, path = {p.id: p for p in problems}, Path(folder) / "values.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = estimate_values(policy, by_id, solutions, path, k=k, scan="full", max_new_tokens=max_new_tokens,
                            temperature=temperature, seed=seed)  # fmt: skip
     longest = max((len(row["values"]) for row in rows.values()), default=1)

@@ -22,7 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import load_problems
 from evaluate import evaluate
-from rollout import claim, flag, load_policy, provenance, sample, write_json
+from rollout import claim, flag, load_policy, provenance, read_rows, sample, write_json
 from train import TrainConfig, drawing, example, fit, negatives, own_positives, resolve
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,11 +46,12 @@ class Cell:
         self.splits = {split: load_problems(c.data, split, n, **world) for split, n in (("val", val), ("test", test))}
         self.by_id = {p.id: p for p in self.train}
         policy = self.policy(c.model)
-        self.teacher = [example(policy, p, self.solution(policy, p)) for p in self.train]
+        self.encoder = policy
+        self.teacher = [self.example(p, p.solution) for p in self.train]
 
-    @staticmethod
-    def solution(policy, problem):
-        return policy.tokenizer.encode(problem.solution) + [policy.tokenizer.eos_id]
+    def example(self, problem, text):
+        tokenizer = self.encoder.tokenizer
+        return example(self.encoder, problem, tokenizer.encode(text) + [tokenizer.eos_id])
 
     def policy(self, name, train=False, **changes):
         folder = self.folder / name if (self.folder / name).exists() else name
@@ -84,18 +85,32 @@ class Cell:
         rows = sample(self.policy(name), self.train, folder / "rollouts.jsonl", n=c.samples, **drawing(c, i))
         return rows, sum(len(s["ids"]) for row in rows.values() for s in row["samples"])
 
-    def pairs(self, name, rows, i=0, **changes):
-        """Values and pairs of those rollouts: (pairs, values, tokens drawn for the values)."""
+    def learn(self, name, rows, i=0, into="", **changes):
+        """What the per-step loss learns from rollouts of arm `name`: (weighted examples, pairs, tokens drawn)."""
         c, policy = replace(self.c, **changes), self.policy(name)
-        folder = self.folder / f"from-{name}"
-        _, pairs = negatives(policy, self.by_id, rows, folder, c, i)
-        stats = folder / f"tokens-{c.scan}-{c.rollouts}.json"
-        if policy.stats.get("decoded"):
-            write_json(stats, policy.stats)
-        return pairs, int(read(stats).get("decoded", 0))
+        folder = self.folder / (into or f"from-{name}")
+        folder.mkdir(exist_ok=True)
+        examples, pairs = negatives(policy, self.by_id, rows, folder, c, i)
+        if policy.stats:  # a second call finds the values on disk and draws nothing
+            write_json(folder / "tokens.json", policy.stats)
+        return examples, pairs, int(read(folder / "tokens.json").get("decoded", 0))
+
+    def values(self, name, into=""):
+        """The rows of values.jsonl of arm `name`'s solutions."""
+        return read_rows(self.folder / (into or f"from-{name}") / "values.jsonl")
+
+    def pit_steps(self, name):
+        """{problem id: the steps, as text, at which its wrong solutions lost their value}."""
+        steps = {}
+        for row in self.values(name):
+            start, end = ([0] + row["ends"])[row["pit"] - 1 : row["pit"] + 1]
+            text = self.encoder.text(row["ids"][start:end]).strip("\n")
+            if not row["correct"] and "####" not in text:
+                steps.setdefault(row["id"], []).append(text)
+        return steps
 
     def positives(self, rows, keep=4):
-        return own_positives(self.policy(self.c.model), self.train, rows, keep)
+        return own_positives(self.encoder, self.train, rows, keep)
 
 
 def read(path):

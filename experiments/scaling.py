@@ -18,8 +18,8 @@ from rollout import entry, parse
 
 MAIN = 0.2
 BUDGETS = {  # sizes of all arms, sizes of SFT alone, rates beside the main one with their sizes, seeds, Cell's flags
-    "smoke": dict(sizes=[24, 48], more=[96], rates={0.0: [24]}, seeds=1, pass_at=0, flags=dict(
-        test=24, val=16, samples=4, rollouts=2, negatives=2)),
+    "smoke": dict(sizes=[16, 32], more=[], rates={}, seeds=1, pass_at=0, flags=dict(
+        test=12, val=8, samples=4, rollouts=2, negatives=2)),
     "cpu": dict(sizes=[50, 100, 200, 400, 800, 1600], more=[3200, 6400, 12800], seeds=3, pass_at=5, flags={},
                 rates={0.0: [100, 200, 400, 800], 0.4: [100, 200, 400, 800]}),
     "gpu": dict(sizes=[50, 100, 200, 400, 800, 1600, 3200], more=[6400, 12800, 25600], seeds=5, pass_at=5, flags={},
@@ -30,7 +30,7 @@ BUDGETS = {  # sizes of all arms, sizes of SFT alone, rates beside the main one 
 def cell(folder, rate, seed, size, tuned, full, second, long, pass_at, flags):
     """All arms on one training set. tuned: {arm: its epochs}, empty for the seed that tunes."""
     cell = Cell(folder, limit=size, seed=seed, spurious=rate, **flags)
-    scale, picked, arms = sqrt(800 / size), {}, {}
+    scale, picked, arms = min(4, sqrt(800 / size)), {}, {}  # fewer problems, more epochs
 
     def arm(name, start, middle, steps, examples=(), pairs=()):
         candidates = [tuned[name]] if tuned else [round(middle * scale * x, 2) for x in (0.5, 1, 2)]
@@ -48,14 +48,14 @@ def cell(folder, rate, seed, size, tuned, full, second, long, pass_at, flags):
         arms["sft"] |= dict(generator_right=round(float(right), 4))
         pos = arm("pos", cell.c.model, 6, 0, cell.teacher + own)
         arms["pos"] |= dict(tokens=drawn, positives=len(own))
-        pairs, valued = cell.pairs(sft, rows)
+        _, pairs, valued = cell.learn(sft, rows)
         total = arms["pos"]["steps"]
         if pairs:
             neg = arm("neg", pos, 3, total, pairs=pairs)
             arms["neg"] |= dict(tokens=drawn + valued, pairs=len(pairs))
         if pairs and second:
             rows, drawn2 = cell.draw(neg, 1)
-            pairs2, valued2 = cell.pairs(neg, rows, 1)
+            _, pairs2, valued2 = cell.learn(neg, rows, 1)
             if pairs2:
                 tuned = tuned | {"neg2": picked["neg"]}
                 arm("neg2", neg, 3, arms["neg"]["steps"], pairs=pairs2)
