@@ -75,12 +75,12 @@ class Cell:
         c, folder = self.c, self.folder / name / split
         r = evaluate(self.policy(name), self.splits[split], folder, samples=samples, ks=(5,), seed=c.seed,
                      max_new_tokens=c.max_new_tokens, temperature=c.temperature)  # fmt: skip
-        keep = ("accuracy", "spurious", "ended", "pass@5", "maj@5")
+        keep = ("accuracy", "spurious", "ended", "pass@5", "maj@5")  # spurious steps: where their truth is known
         return {k: round(r[k], 4) for k in keep if k in r} | {"correct": "".join("01"[x] for x in r["correct"])}
 
-    def draw(self, name, i=0, **changes):
+    def draw(self, name, i=0, into="", **changes):
         """Rollouts of arm `name` on its own training problems, by round i's random streams: (rows, tokens drawn)."""
-        c, folder = replace(self.c, **changes), self.folder / f"from-{name}"
+        c, folder = replace(self.c, **changes), self.folder / (into or f"from-{name}")
         folder.mkdir(parents=True, exist_ok=True)
         rows = sample(self.policy(name), self.train, folder / "rollouts.jsonl", n=c.samples, **drawing(c, i))
         return rows, sum(len(s["ids"]) for row in rows.values() for s in row["samples"])
