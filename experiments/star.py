@@ -3,10 +3,10 @@
     python experiments/star.py --budget cpu
 
 Which of two arms leads to the goal is decided at the first node; a model that follows edges and guesses the arm is
-right on 50%. The paper starts from GPT-2; here a small model first learns to follow edges on graphs with one arm. SFT on
-two arms then gives three starts, defined by loss: under-trained (the decision still costs ln 2 = 0.693), early-stopped
-(the least loss on held-out graphs), over-trained (the least on the training graphs). From each, on the same fresh graphs
-and for as many optimizer steps: rounds of per-step DPO on the model's own paths, and more SFT.
+right on 50%. The paper starts from GPT-2; here a small model first learns to follow edges on graphs with one arm. SFT
+on two arms then gives three starts, defined by loss: under-trained (the decision still costs ln 2 = 0.693), early-
+stopped (the least loss on held-out graphs), over-trained (the least on the training graphs). From each, on the same
+fresh graphs and for as many optimizer steps: rounds of per-step DPO on the model's own paths, and more SFT.
 """
 
 import itertools
