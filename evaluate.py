@@ -6,6 +6,7 @@ policies are compared on the same problems, problem by problem, not by two inter
     python evaluate.py --model runs/x/neg --data problems.jsonl
     python evaluate.py --model runs/x/neg --baseline runs/x/sft --data arithmetic      # a paired comparison
     python evaluate.py --model runs/x/neg --data arithmetic --values 16                # average Q by step (Fig. 7)
+    python evaluate.py --model runs/x/neg --baseline runs/x/pos --explain 3            # one problem, step by step
 
     accuracy   greedy, one sample a problem; Wilson's 95% interval
     pass@k     1 - C(n-c, k) / C(n, k) for c right of n samples: unbiased (Chen et al. 2021)
@@ -14,14 +15,18 @@ policies are compared on the same problems, problem by problem, not by two inter
 """
 
 import math
+import re
+import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data import DEFAULT_PROMPT, answers_equal, extract_answer, judge_steps, load_problems
-from rollout import UsageError, best_of, claim, entry, estimate_values, flag, load_policy, parse, read_rows, sample
-from rollout import to_value, write_json
+from rollout import UsageError, best_of, claim, entry, estimate_values, flag, load_policy, make_pairs, parse, read_rows
+from rollout import sample, to_value, write_json
 
 
 def wilson(right, n, z=1.96):
@@ -100,10 +105,10 @@ def table(results):
     """The results of several policies {name: result} as text; the first is the one the others are compared with."""
     first = next(iter(results.values()))
     columns = [k for k in first if "@" in k] + (["spurious"] if "spurious" in first else [])
-    head = f"{'':6}{'greedy':>8}  {'95% interval':15}" + "".join(f"{c:>10}" for c in columns)
+    head = f"{'':9}{'greedy':>8}  {'95% interval':15}" + "".join(f"{c:>10}" for c in columns)
     lines = [head + (f"   {'against ' + next(iter(results))}" if len(results) > 1 else "")]
     for name, r in results.items():
-        line = f"{name:6}{r['accuracy']:8.1%}  {r['interval'][0]:6.1%} - {r['interval'][1]:<6.1%}"
+        line = f"{name:9}{r['accuracy']:8.1%}  {r['interval'][0]:6.1%} - {r['interval'][1]:<6.1%}"
         line += "".join(f"{r[c]:>10.1%}" if "@" in c else f"{r[c]:>10.2f}" for c in columns)
         if r is not first:
             c = compare(first["correct"], r["correct"])
@@ -142,6 +147,49 @@ def pit_report(problems, values, k):
     return f"{text}; a pit is false with chance {np.mean(false):.1%} at most" if false else text
 
 
+@torch.no_grad()
+def probability(policy, prompt, response):
+    """pi(response | prompt) of two lists of token ids."""
+    logits = policy.model(torch.tensor([prompt + response], device=next(policy.model.parameters()).device))
+    steps = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+    return math.exp(sum(steps[range(len(response)), response].tolist()))
+
+
+def explain(problem, before, after, folder, *, k, samples, max_new_tokens, temperature, seed, colour=False):
+    """One problem as text for a lecture: a wrong solution of the policy `before`, the Q of each step, the first pit,
+    the pair made from it, and how likely both its sides are under `before` and `after` (a policy, or None)."""
+    paint = lambda text, code: f"\033[{code}m{text}\033[0m" if colour else text  # noqa: E731
+    by_id, drawing = {problem.id: problem}, dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    path = Path(folder) / f"explain-{re.sub('[^a-zA-Z0-9]', '-', problem.id)}"
+    path.mkdir(parents=True, exist_ok=True)
+    rows = sample(before, [problem], path / "rollouts.jsonl", n=samples, **drawing)
+    right = sum(s["correct"] for s in rows[problem.id]["samples"])
+    lines = [paint(problem.question.strip(), 1), f"answer {problem.answer}; {right} of {samples} samples are right"]
+    values = estimate_values(before, by_id, to_value([problem], rows, 1, 0), path / "values.jsonl", k=k, scan="full",
+                             **drawing)  # fmt: skip
+    if not values:
+        return "\n".join([*lines, "no wrong solution that ended; take another problem or raise --samples"])
+    row = next(iter(values.values()))
+    labels = judge_steps(problem, row["text"]) if problem.meta else []
+    lines += ["", f"a wrong solution, Q of each step from {k} rollouts; before the first step Q is V(x):",
+              f"{'':34}Q {row['values'][0]:.2f} {'=' * round(20 * row['values'][0])}"]  # fmt: skip
+    for t, (start, end) in enumerate(pairwise([0, *row["ends"]]), 1):
+        text, q, pit = before.text(row["ids"][start:end]).strip(), row["values"][t], t == row["pit"]
+        line = f"{t:3} {text:30.200}Q {q:.2f} {'=' * round(20 * q)}"
+        line += f"  <- the first pit{f' ({labels[t - 1]})' if t <= len(labels) else ''}" if pit else ""
+        lines.append(paint(line, "31;1" if pit else "32" if q > 0 else "2"))
+    pairs = make_pairs("continuation", before, by_id, rows, values)
+    if not pairs:
+        return "\n".join([*lines, "", "no pair: no right way to go on was found before the pit; raise --values"])
+    lines += ["", f"the pair, after the first {row['pit'] - 1} steps, and its probabilities:", f"{'':9} before   after"]
+    for side, code in (("chosen", 32), ("rejected", 31)):
+        prompt, response, told = pairs[0]["prompt_ids"], pairs[0][f"{side}_ids"], pairs[0][side].strip()
+        chances = [f"{probability(policy, prompt, response):7.4f}" if policy else "      -"
+                   for policy in (before, after)]  # fmt: skip
+        lines.append(paint(f"{side:9}{' '.join(chances)}   {told}".replace("\n", ", "), code))
+    return "\n".join(lines)
+
+
 @dataclass
 class EvaluateConfig:
     model: str = flag("", "Hugging Face folder of the policy")
@@ -155,6 +203,7 @@ class EvaluateConfig:
     samples: int = flag(0, "samples a problem for pass@k and maj@k; 0 = greedy only")
     temperature: float = flag(0.7, "of the samples")
     values: int = flag(0, "K: rollouts per step prefix, for the average Q by step index; 0 = none")
+    explain: int = flag(-1, "number of a problem: only show a wrong solution of the baseline, step by step", -1)
     seed: int = flag(0, "of the random streams")
     slots: int = flag(0, "rows that decode together; 0 = as fits in memory")
     device: str = flag("", "cpu or cuda; empty = cuda where there is one")
@@ -168,10 +217,18 @@ def main():
     problems, out, results = load_problems(c.data, c.split, c.limit), Path(c.out), {}
     if not problems:
         raise UsageError("no problems; expected --limit of at least 1 for a built-in task; raise it")
-    policies = {name: load_policy(folder, c) for name, folder in (("base", c.baseline), ("model", c.model))
+    policies = {name: load_policy(folder, c) for name, folder in (("baseline", c.baseline), ("model", c.model))
                 if folder or name == "model"}  # fmt: skip
     policies["model"].prompt(problems[0])  # a wrong prompt format fails here, before anything is written
+    if c.explain >= len(problems):
+        raise UsageError(f"--explain {c.explain}; expected less than {len(problems)}, the problems; lower it")
     claim(c, out / "config.json")
+    if c.explain >= 0:
+        before, after = (*policies.values(), None)[:2]
+        print(explain(problems[c.explain], before, after, out, k=c.values or 16, samples=c.samples or 16,
+                      max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed,
+                      colour=sys.stdout.isatty()))  # fmt: skip
+        return
     for name, policy in policies.items():
         results[name] = evaluate(policy, problems, out / name, max_new_tokens=c.max_new_tokens, samples=c.samples,
                                  temperature=c.temperature, seed=c.seed)  # fmt: skip

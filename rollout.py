@@ -145,7 +145,8 @@ def provenance():
 def claim(config, path):
     """Store a configuration with its results at `path`; refuse a folder that another one has begun to fill."""
     mine, path = asdict(config) | provenance(), Path(path)
-    free = {"mode", "rounds", "out", "slots", "device", "threads", "save_seconds", *provenance()}  # change no result
+    # what changes no result that is already there:
+    free = {"mode", "rounds", "explain", "out", "slots", "device", "threads", "save_seconds", *provenance()}
     if path.exists():
         there = json.loads(path.read_text("utf-8"))
         key = next((key for key in mine if key not in free and there.get(key) != mine[key]), None)

@@ -15,7 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate as evaluate_module
 from data import builtin_tokenizer, load_problems
-from evaluate import compare, evaluate, majority_right, mcnemar, pass_at_k, pit_report, q_by_step, table, wilson
+from evaluate import compare, evaluate, majority_right, mcnemar, pass_at_k, pit_report, probability, q_by_step, table
+from evaluate import wilson
 from model import GPT, Config
 from rollout import Policy, entry
 
@@ -224,12 +225,50 @@ def test_command_line(folder, monkeypatch, capsys):
     """Two policies on one folder of raw responses: the second gets the answers of the first."""
     flags = ["--data", folder / "p.jsonl", "--out", folder / "o", "--max-new-tokens", 6, "--threads", 1, "--samples", 2]
     code, output = run_cli(monkeypatch, capsys, "--model", folder / "m", "--baseline", folder / "b", *flags)
-    assert code == 0 and [line.split()[0] for line in output.out.split("\n")[1:3]] == ["base", "model"], output
+    assert code == 0 and [line.split()[0] for line in output.out.split("\n")[1:3]] == ["baseline", "model"], output
     results = json.loads((folder / "o" / "results.json").read_text())
     stored = json.loads((folder / "o" / "config.json").read_text())
     assert results["model"]["problems"] == 4 and {"commit", "torch"} <= set(stored)
-    greedy = [(folder / "o" / name / "greedy.jsonl").read_text() for name in ("base", "model")]
+    greedy = [(folder / "o" / name / "greedy.jsonl").read_text() for name in ("baseline", "model")]
     assert greedy[0] != greedy[1]
+
+
+def test_explain_shows_the_pit_and_both_probabilities(folder, monkeypatch, capsys):
+    """A pit shown at another step than the pairs use, probabilities of the wrong tokens, colour codes in a pipe."""
+    base, easy = Path(__file__).resolve().parent.parent / "experiments" / "base", folder / "easy.jsonl"
+    rows = [dict(prompt=p.question, answer=p.answer, id=f"p/{i}")
+            for i, p in enumerate(load_problems("arithmetic", limit=4, steps=3))]  # fmt: skip
+    easy.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model", base, "--baseline", base, "--out", folder / "o", "--data", easy, "--prompt", "{question}\n",
+             "--max-new-tokens", 48, "--threads", 1, "--values", 4, "--samples", 8, "--temperature", 1.5]  # fmt: skip
+    shown = {}
+    for number in range(4):
+        code, output = run_cli(monkeypatch, capsys, *flags, "--explain", number)
+        assert code == 0 and "\033" not in output.out, output
+        shown[number] = output.out
+    pairs = [text for text in shown.values() if "rejected" in text]
+    assert pairs, shown
+    for number, text in shown.items():
+        if "rejected" in text:
+            (path,) = (folder / "o").glob(f"explain-p-{number}/values.jsonl")
+            row = json.loads(path.read_text())
+            lines = text.split("\n")
+            (at,) = [i for i, line in enumerate(lines) if "<- the first pit" in line]
+            assert int(lines[at].split()[0]) == row["pit"] and row["values"][row["pit"]] == 0
+            (rejected,) = [line for line in lines if line.startswith("rejected")]
+            step = row["text"].split("\n")[row["pit"] - 1]
+            before, after = map(float, rejected.split()[1:3])
+            assert rejected.endswith(step) and before == after and 0 < before < 1
+    code, output = run_cli(monkeypatch, capsys, *flags, "--explain", 4)
+    assert code == 2 and "--explain" in output.err
+
+
+def test_probability_is_that_of_the_response():
+    """The prompt's tokens counted too, or a shift by one."""
+    policy = toy_policy(seed=0)
+    logits = policy.model(torch.tensor([[5, 9, 7]]))[0].log_softmax(-1)
+    want = (logits[0, 9] + logits[1, 7]).exp().item()
+    assert probability(policy, [5], [9, 7]) == pytest.approx(want, rel=1e-5)
 
 
 def test_another_model_to_the_same_folder(folder, monkeypatch, capsys):
