@@ -20,8 +20,8 @@ from rollout import advantages, entry, make_pairs, parse, sample, to_value
 
 FORMS = ("response", "farthest", "algorithm1", "continuation", "step", "parts12")
 BUDGETS = {
-    "smoke": dict(seeds=1, size=60, ks=[1, 2], traces=6, k=2, flags=dict(
-        test=24, val=16, samples=6, rollouts=2, negatives=2, sft_epochs=2.0)),
+    "smoke": dict(seeds=1, size=24, ks=[1, 2], traces=4, k=2, flags=dict(
+        test=8, val=6, samples=6, rollouts=2, negatives=2, sft_epochs=4.0)),
     "cpu": dict(seeds=3, size=400, ks=[1, 2, 5, 10, 20], traces=150, k=16, flags=dict(sft_epochs=7.0)),
     "gpu": dict(seeds=5, size=1600, ks=[1, 2, 5, 10, 20, 40], traces=500, k=32, flags=dict(sft_epochs=3.5)),
 }  # fmt: skip

@@ -137,20 +137,28 @@ def sweep(c, name, work, keys, **shared):
     results, began = {}, time.monotonic()
     folders = {key: root / "-".join(map(str, key)) for key in keys}
     todo = [key for key in keys if not (folders[key] / "cell.json").exists()]
-    # spawn: a forked process would share the parent's half-started threads
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(one, work, folders[key], key, shared): key for key in todo}
-        for done, future in enumerate(as_completed(futures), 1):
-            future.result()
-            minutes = (time.monotonic() - began) / 60
-            print(f"{name}: {done} of {len(todo)} cells, {futures[future]} at {minutes:.1f} min", file=sys.stderr)
+
+    def tell(done, key):
+        minutes = (time.monotonic() - began) / 60
+        print(f"{name}: {done} of {len(todo)} cells, {key} at {minutes:.1f} min", file=sys.stderr)
+
+    if jobs == 1:
+        for done, key in enumerate(todo, 1):
+            one(work, folders[key], key, shared)
+            tell(done, key)
+    else:  # spawn: a forked process would share the parent's half-started threads
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            futures = {pool.submit(one, work, folders[key], key, shared): key for key in todo}
+            for done, future in enumerate(as_completed(futures), 1):
+                future.result()
+                tell(done, futures[future])
     for key in keys:
         results[key] = read(folders[key] / "cell.json")
     return results
 
 
 def one(work, folder, key, shared):
-    """A cell in a process of its own; what it prints goes to its log."""
+    """A cell, in a process of its own where several run side by side; what it prints goes to its log."""
     import torch
 
     torch.set_num_threads(1)
@@ -225,8 +233,8 @@ def publish(c, name, cells, summary, rows):
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / (name if c.budget != "gpu" else f"{name}-gpu")
     cells = [{"key": list(key), **cell} for key, cell in cells.items()]
-    head = dict(command=f"python experiments/{name}.py --budget {c.budget}", summary=summary, **provenance(),
-                process_seconds=round(sum(cell["seconds"] for cell in cells)))  # fmt: skip
+    head = dict(command=f"python experiments/{Path(sys.argv[0]).name} --budget {c.budget}", **provenance(),
+                summary=summary, process_seconds=round(sum(cell["seconds"] for cell in cells)))  # fmt: skip
     write_json(f"{stem}.json", head | {"cells": cells})
     with open(f"{stem}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), restval="")

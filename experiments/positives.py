@@ -20,8 +20,8 @@ from rollout import entry, parse, select_diverse, unique
 from train import sequence_logprobs
 
 BUDGETS = {
-    "smoke": dict(seeds=1, size=40, counts=[1, 2], inserted=[1], flags=dict(
-        test=24, samples=8, rollouts=2, negatives=2, sft_epochs=2.0)),
+    "smoke": dict(seeds=1, size=32, counts=[1, 2], inserted=[1], flags=dict(
+        test=8, samples=16, rollouts=2, negatives=2, sft_epochs=4.0)),
     "cpu": dict(seeds=3, size=400, counts=[1, 2, 4, 8, 16], inserted=[1, 2], flags=dict(sft_epochs=7.0, samples=128)),
     "gpu": dict(seeds=5, size=800, counts=[1, 2, 4, 8, 16], inserted=[1, 2, 3], flags=dict(samples=256)),
 }  # fmt: skip

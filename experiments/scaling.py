@@ -17,23 +17,24 @@ from lab import Cell, LabConfig, bits, choose, figure, interval, multiplier, pub
 from rollout import entry, parse
 
 MAIN = 0.2
-BUDGETS = {  # sizes of all arms, sizes of SFT alone, rates beside the main one with their sizes, seeds, Cell's flags
-    "smoke": dict(sizes=[16, 32], more=[], rates={}, seeds=1, pass_at=0, flags=dict(
+BUDGETS = {  # sizes of all arms, sizes of SFT alone, rates beside the main one with their sizes, seeds, shares of the
+    # middle number of epochs to choose from, Cell's flags
+    "smoke": dict(sizes=[16, 32], more=[], rates={}, seeds=1, pass_at=0, grid=(0.1, 0.2), flags=dict(
         test=12, val=8, samples=4, rollouts=2, negatives=2)),
     "cpu": dict(sizes=[50, 100, 200, 400, 800, 1600], more=[3200, 6400, 12800], seeds=3, pass_at=5, flags={},
-                rates={0.0: [100, 200, 400, 800], 0.4: [100, 200, 400, 800]}),
+                grid=(0.5, 1, 2), rates={0.0: [100, 200, 400, 800], 0.4: [100, 200, 400, 800]}),
     "gpu": dict(sizes=[50, 100, 200, 400, 800, 1600, 3200], more=[6400, 12800, 25600], seeds=5, pass_at=5, flags={},
-                rates={r: [50, 100, 200, 400, 800, 1600] for r in (0.0, 0.1, 0.3, 0.4)}),
+                grid=(0.5, 1, 2), rates={r: [50, 100, 200, 400, 800, 1600] for r in (0.0, 0.1, 0.3, 0.4)}),
 }  # fmt: skip
 
 
-def cell(folder, rate, seed, size, tuned, full, second, long, pass_at, flags):
+def cell(folder, rate, seed, size, tuned, full, second, long, pass_at, grid, flags):
     """All arms on one training set. tuned: {arm: its epochs}, empty for the seed that tunes."""
     cell = Cell(folder, limit=size, seed=seed, spurious=rate, **flags)
     scale, picked, arms = min(4, sqrt(800 / size)), {}, {}  # fewer problems, more epochs
 
     def arm(name, start, middle, steps, examples=(), pairs=()):
-        candidates = [tuned[name]] if tuned else [round(middle * scale * x, 2) for x in (0.5, 1, 2)]
+        candidates = [tuned[name]] if tuned else [round(middle * scale * x, 2) for x in grid]
         made = {}
         picked[name], folder = choose(cell, name, candidates, lambda folder, epochs: made.update(
             {folder: cell.fit(folder, start, examples, pairs, epochs=epochs)}))  # fmt: skip
@@ -110,7 +111,8 @@ def main():
         details = {(rate, size): dict(
             tuned={} if first else cells[rate, 0, size]["picked"], full=size in plan[rate][0],
             second=rate == MAIN, long=rate == MAIN and size in (200, 800)) for rate, _, size in work}  # fmt: skip
-        cells |= sweep(c, "scaling", job, work, details=details, pass_at=b["pass_at"], flags=b["flags"])
+        cells |= sweep(c, "scaling", job, work, details=details, pass_at=b["pass_at"], grid=b["grid"],
+                       flags=b["flags"])  # fmt: skip
     summary = {str(rate): summarise(cells, rate) for rate in plan}
     rows = [dict(rate=r, seed=s, size=n, arm=name, accuracy=a["accuracy"], spurious=a["spurious"], steps=a["steps"],
                  epochs=result["picked"].get(name, ""), tokens=a.get("tokens", 0), pass_at_5=a.get("pass@5", ""))
