@@ -322,9 +322,9 @@ def prefill(model, prompts, families):
 
 
 @torch.no_grad()
-def generate(model, prompts, n=1, *, max_new_tokens=256, temperature=1.0, top_p=1.0, seed=0, stop_ids=(),
+def generate(model, prompts, n=1, *, first=0, max_new_tokens=256, temperature=1.0, top_p=1.0, seed=0, stop_ids=(),
              vocab_size=None, slots=None, stats=None):  # fmt: skip
-    """Sample n continuations of every prompt.
+    """Sample n continuations of every prompt: numbers first to first + n - 1 of all that there could be.
 
     prompts: lists of token ids, any lengths > 0; max_new_tokens: an int, or one per prompt (0 gives empty lists);
     temperature 0 is greedy; ids >= vocab_size are never drawn; slots: rows that decode together.
@@ -359,14 +359,14 @@ def generate(model, prompts, n=1, *, max_new_tokens=256, temperature=1.0, top_p=
                 while families and sum(map(len, batch)) * n < len(free):
                     batch.append(families.pop())
                 source, members = prefill(model, prompts, batch)
-                waiting = [(i, sample, row, first) for i, row, first in members for sample in range(n)]
+                waiting = [(i, sample, row, logits) for i, row, logits in members for sample in range(n)]
                 prefilled += sum(len(prompts[family[0]]) for family in batch)
             now, waiting = waiting[: len(free)], waiting[len(free) :]
             owners, origins, logits = [w[:2] for w in now], [w[2] for w in now], torch.stack([w[3] for w in now])
             lengths = torch.tensor([len(prompts[i]) for i, _ in owners], device=device)
             at, free = torch.tensor(free[: len(now)], device=device), free[len(now) :]
             running.cache.copy_rows(source, torch.tensor(origins, device=device), at, lengths)
-            u = np.concatenate([uniforms(seed, prompts[i], [sample], width) for i, sample in owners])
+            u = np.concatenate([uniforms(seed, prompts[i], [first + sample], width) for i, sample in owners])
             running.admit(at, owners, u, [budgets[i] for i, _ in owners], logits)
         total, busy = len(running.owner), sum(owner is not None for owner in running.owner)
         if not busy:
@@ -482,8 +482,9 @@ def best_of(q, k):
 def probe(scan, values):
     """Which prefixes to look at next, given [V(x), Q_1..Q_L] with None where not known; [] when the pit is settled.
 
-    full: all of them; first: one after another up to the first that is 0; bisect: halve between the last known good
-    and the first known 0, which finds the same pit where values do not come back from 0.
+    full: all of them; first: one after another up to the first that is 0; sequential: the same (but see
+    `estimate_values`); bisect: halve between the last known good and the first known 0, which finds the same pit where
+    values do not come back from 0.
     """
     if scan == "full":
         return [t for t, v in enumerate(values) if v is None]
@@ -491,7 +492,7 @@ def probe(scan, values):
     good = max(t for t in range(zero) if values[t] is not None)
     if zero - good == 1:
         return []
-    return [good + 1 if scan == "first" else (good + zero) // 2]
+    return [(good + zero) // 2 if scan == "bisect" else good + 1]
 
 
 def estimate_values(policy, problems, solutions, path, *, k, scan, max_new_tokens, temperature, seed):
@@ -502,6 +503,10 @@ def estimate_values(policy, problems, solutions, path, *, k, scan, max_new_token
     `ends`. values: [V(x), Q_1..Q_L], means over k rollouts (null: not looked at; Q_L: the checker's verdict). best: the
     same of the best of k, by one draw: 1 if any is right. right: the distinct correct continuations found just before
     the pit. Wrong solutions are scanned by `scan`; correct ones have no zero to stop at and are scanned in full.
+
+    sequential: a prefix is no pit as soon as one rollout from it is right, so its k rollouts are drawn 1, 1, 2, 4, ...
+    at a time up to the first right one. The pit is that of `first`, rollout by rollout; a Q above 0 is then the share
+    of those drawn, too high on average, and there are fewer right continuations to choose from.
     """
     rows = {(row["id"], row["sample"]): row for row in read_rows(path)}
     todo = [key for key in solutions if key not in rows]
@@ -516,7 +521,7 @@ def estimate_values(policy, problems, solutions, path, *, k, scan, max_new_token
             new[key] = dict(id=key[0], sample=key[1], correct=correct, ids=ids, ends=ends,
                             text=policy.text(ids),
                             values=[v] + [None] * (len(ends) - 1) + [float(correct)])  # fmt: skip
-        found = {}  # {(problem id, prefix): correct continuations}; many solutions begin alike
+        found, tried = {}, {}  # {(problem id, prefix): correct continuations, rollouts}; many solutions begin alike
         while True:
             wanted = {}  # {(key, t): (problem id, prefix)}
             for key, row in new.items():
@@ -524,15 +529,21 @@ def estimate_values(policy, problems, solutions, path, *, k, scan, max_new_token
                     wanted[key, t] = key[0], tuple(row["ids"][: row["ends"][t - 1]])
             if not wanted:
                 break
-            asked = [request for request in dict.fromkeys(wanted.values()) if request not in found]
-            drawn = policy.generate([policy.prompt(problems[i]) + list(prefix) for i, prefix in asked], n=k,
-                                    max_new_tokens=[max_new_tokens - len(prefix) for _, prefix in asked],
-                                    temperature=temperature, seed=seed + 1)  # fmt: skip
-            for (i, prefix), ways in zip(asked, drawn, strict=True):
-                verdicts = [solution_row([*prefix, *way], problems[i], policy.tokenizer)["correct"] for way in ways]
-                found[i, prefix] = [way for way, right in zip(ways, verdicts, strict=True) if right]
+            asked, drawn = [request for request in dict.fromkeys(wanted.values()) if request not in found], 0
+            found |= {request: [] for request in asked}
+            while asked and drawn < k:
+                n = min(max(1, drawn), k - drawn) if scan == "sequential" else k
+                room = [max_new_tokens - len(prefix) for _, prefix in asked]
+                drawn_now = policy.generate([policy.prompt(problems[i]) + list(prefix) for i, prefix in asked], n=n,
+                                            first=drawn, max_new_tokens=room, temperature=temperature, seed=seed + 1)
+                drawn += n
+                for (i, prefix), ways in zip(asked, drawn_now, strict=True):
+                    rows_of_ways = [solution_row([*prefix, *way], problems[i], policy.tokenizer) for way in ways]
+                    found[i, prefix] = [way for way, row in zip(ways, rows_of_ways, strict=True) if row["correct"]]
+                    tried[i, prefix] = drawn
+                asked = [request for request in asked if not found[request]]
             for (key, t), request in wanted.items():
-                new[key]["values"][t] = len(found[request]) / k
+                new[key]["values"][t] = len(found[request]) / tried[request]
         for key, row in new.items():
             row["pit"] = first_pit(row["values"])
             row["best"] = [None if q is None else float(q > 0) for q in row["values"]]
@@ -603,7 +614,8 @@ class RolloutConfig:
     temperature: float = flag(0.7, "sampling temperature; 0 is greedy")
     max_new_tokens: int = flag(256, "tokens a solution may have", 1)
     values: int = flag(0, "K: rollouts per step prefix of the wrong solutions; 0 = no values")
-    scan: str = flag("first", "full, first (stop at the first pit) or bisect", choices="full first bisect")
+    scan: str = flag("first", "full, first (stop at the first pit), sequential (and at a right rollout) or bisect",
+                     choices="full first sequential bisect")
     seed: int = flag(0, "of the random streams")
     slots: int = flag(0, "rows that decode together; 0 = as fits in memory")
     device: str = flag("", "cpu or cuda; empty = cuda where there is one")

@@ -364,8 +364,8 @@ class TrainConfig:
     keep: int = flag(4, "right solutions kept per problem, the most diverse (RFT)")
     negatives: int | None = flag(None, "wrong solutions valued per problem")
     rollouts: int | None = flag(None, "K: Monte Carlo rollouts per step prefix", 1)
-    scan: str = flag("first", "which steps are valued: full, first (up to the first pit) or bisect",
-                     choices="full first bisect")
+    scan: str = flag("first", "steps valued: full, first (to the pit), sequential (and to a right rollout), bisect",
+                     choices="full first sequential bisect")
     pairs: str = flag("continuation", "form of the pairs: continuation, step, algorithm1, response, farthest",
                       choices="continuation step algorithm1 response farthest")
     loss: str = flag("dpo", "of --mode neg: dpo (Eq. 1 on the pairs) or awr (Eq. 4, values every step)",

@@ -50,7 +50,7 @@ class Answers(Policy):
         self.answer = answer
         self.known = {tuple(self.prompt(p)): p for p in problems}
 
-    def generate(self, prompts, n=1, *, max_new_tokens, temperature, seed):
+    def generate(self, prompts, n=1, *, first=0, max_new_tokens, temperature, seed):
         key = TOKENIZER.encode("\n")[0]
         return [[TOKENIZER.encode(self.answer(self.known[tuple(ids[: ids.index(key) + 1])], i)) + [EOS]
                  for i in range(n)] for ids in prompts]  # fmt: skip

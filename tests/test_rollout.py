@@ -281,14 +281,14 @@ class Script(Policy):
         self.continuation, self.calls = continuation, []
         self.prompts = sorted(((self.prompt(p), p) for p in problems), key=lambda x: -len(x[0]))
 
-    def generate(self, prompts, n=1, *, max_new_tokens, temperature, seed):
+    def generate(self, prompts, n=1, *, first=0, max_new_tokens, temperature, seed):
         budgets = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
         out = []
         for ids, budget in zip(prompts, budgets, strict=True):
             start, problem = next((s, p) for s, p in self.prompts if ids[: len(s)] == s)
             prefix = ids[len(start) :]
             self.calls.append((problem.id, tuple(prefix), n, budget))
-            out.append([list(self.continuation(problem, prefix, i))[:budget] for i in range(n)])
+            out.append([list(self.continuation(problem, prefix, i))[:budget] for i in range(first, first + n)])
         return out
 
 
@@ -411,7 +411,7 @@ def test_scans_find_the_same_pit():
         pit = rng.randrange(1, length + 1)
         truth = [rng.random()] + [rng.uniform(0.01, 1) for _ in range(pit - 1)] + [0.0] * (length - pit + 1)
         truth[0] = rng.choice([0.0, truth[0]])  # an unlucky V(x) of 0 is no pit
-        for scan in ("full", "first", "bisect"):
+        for scan in ("full", "first", "sequential", "bisect"):
             found, asked = scan_of(scan, truth)
             assert found == pit, (scan, truth)
             cost[scan] += asked
@@ -443,6 +443,50 @@ def valued(tmp_path, scan="full", k=4, text=WRONG, correct=False, continuation=l
     rows = estimate_values(script, {"q": nine()}, solutions, tmp_path / name, k=k, scan=scan, max_new_tokens=budget,
                            temperature=1.0, seed=0)  # fmt: skip
     return rows["q", 3], script
+
+
+def test_samples_by_their_number():
+    """Sample 3 drawn alone is another one than sample 3 of five: a scan in portions would see other rollouts."""
+    model = toy(std=0.3)
+    prompts, options = [[5, 6, 7], [5, 6]], dict(max_new_tokens=6, seed=3, stop_ids=[EOS])
+    whole = generate(model, prompts, 5, **options)
+    for first, n in ((0, 1), (1, 1), (2, 3)):
+        part = generate(model, prompts, n, first=first, **options)
+        assert part == [samples[first : first + n] for samples in whole]
+
+
+@pytest.mark.parametrize("k", [1, 4, 7, 16])
+def test_sequential_scan_finds_the_pit_of_the_first_scan_for_less(tmp_path, k):
+    """A portion that is drawn twice or passes K, a lucky late rollout that is missed, a cost as of the whole scan."""
+    problems = {p.id: p for p in load_problems("arithmetic", limit=12, steps=3)}
+    wrong = {}
+    for p in problems.values():
+        rng = random.Random(p.id)
+        for i in range(3):
+            lines = [line for line in p.solution.split("\n") if line]
+            lines.insert(rng.randrange(len(lines)), "1 + 1 = 2")
+            wrong[p.id, i] = end("\n".join(lines[:-1] + ["#### 99"])), False, 0.5
+
+    def luck(problem, prefix, i):  # right in some samples, the later the prefix the fewer
+        right = random.Random(f"{problem.id} {prefix} {i}").random() < 0.6 / (1 + len(prefix) // 6)
+        return end(f"#### {problem.answer if right else 98}")
+
+    rows, cost = {}, {}
+    for scan in ("first", "sequential"):
+        script = Script(list(problems.values()), luck)
+        rows[scan] = estimate_values(script, problems, wrong, tmp_path / f"{scan}.jsonl", k=k, scan=scan,
+                                     max_new_tokens=64, temperature=1.0, seed=0)  # fmt: skip
+        drawn = Counter()
+        for name, prefix, n, _ in script.calls:
+            drawn[name, prefix] += n
+        assert max(drawn.values()) <= k
+        cost[scan] = sum(drawn.values())
+    for key, row in rows["first"].items():
+        other = rows["sequential"][key]
+        assert other["pit"] == row["pit"]
+        assert [v is not None and v > 0 for v in other["values"]] == [v is not None and v > 0 for v in row["values"]]
+        assert bool(other["right"]) == bool(row["right"]) and other["right"] == row["right"][: len(other["right"])]
+    assert cost["sequential"] <= cost["first"] and (k < 7 or cost["sequential"] < 0.75 * cost["first"])
 
 
 @pytest.mark.parametrize("scan", ["full", "first", "bisect"])

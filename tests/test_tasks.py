@@ -159,7 +159,7 @@ class Oracle(Policy):
         self.skill = skill
         self.prompts = {tuple(self.prompt(p)): p for p in problems}
 
-    def generate(self, prompts, n, *, max_new_tokens, temperature, seed):
+    def generate(self, prompts, n, *, first=0, max_new_tokens, temperature, seed):
         results = []
         for ids in prompts:
             cut = ids.index(TOKENIZER.encode("\n")[0]) + 1
