@@ -406,7 +406,7 @@ class Tokenizer:
     def save(self, folder):
         """Writes tokenizer.json and a tokenizer_config.json, which transformers reads too."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(str(Path(folder) / "tokenizer.json"))
+        (Path(folder) / "tokenizer.json").write_text(self.tokenizer.to_str(pretty=True), "utf-8")
         config = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.config
         config["eos_token"] = self.tokenizer.id_to_token(self.eos_id)
         (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), "utf-8")

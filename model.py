@@ -442,9 +442,10 @@ class GPT(nn.Module):
         tensors = {name: torch.cat(parts, dim=-1).contiguous() for name, parts in tensors.items()}
         kind = str(dtype or self.norm.weight.dtype).removeprefix("torch.")  # keys of transformers 5 and of 4:
         text = json.dumps(self.config.to_hf() | {"dtype": kind, "torch_dtype": kind}, indent=2) + "\n"
-        for name, write in (("model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"})),
-                            ("config.json", lambda path: path.write_text(text, encoding="utf-8"))):
-            temporary = folder / f".{name}.{os.getpid()}"
+        # the weights last: a folder that has them is whole
+        for name, write in (("config.json", lambda path: path.write_text(text, encoding="utf-8")),
+                            ("model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))):
+            temporary = folder / f".{name}.tmp"
             write(temporary)
             os.replace(temporary, folder / name)
 

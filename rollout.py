@@ -20,6 +20,7 @@ Differences from the paper:
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -34,6 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data import DEFAULT_PROMPT, DataError, Tokenizer, edit_distance, equation_key, format_prompt, is_correct
@@ -74,6 +76,8 @@ def parse(config_class, description, argv=None):
 
 
 def fail(message):
+    for bar in list(tqdm._instances):  # an open bar would share its line with the message
+        bar.close()
     print(f"error: {message}", file=sys.stderr)
     return 2
 
@@ -82,14 +86,21 @@ def entry(main):
     """Run a program: errors that a user can mend are one line and exit code 2; Ctrl-C says how to go on."""
     try:
         main()
-    except (ValueError, OSError) as error:  # our own errors are ValueErrors of one line
+    except (ValueError, OSError, SafetensorError) as error:  # our own errors are ValueErrors of one line
         sys.exit(fail(" ".join(str(error).split())))
-    except torch.OutOfMemoryError:
-        sys.exit(fail("out of GPU memory; lower --slots or --micro-tokens, or set --gradient-checkpointing 1; "
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit(fail("out of memory; lower --micro-tokens (or --slots), or set --gradient-checkpointing 1; "
                       "the same command goes on from here"))  # fmt: skip
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+
+
+def out_of_memory(error):
+    """Whether this is what torch raises where memory runs out, on a GPU or on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def progress(name, unit, total, done):
@@ -97,25 +108,21 @@ def progress(name, unit, total, done):
     return tqdm(total=total, initial=done, desc=name, unit=unit, mininterval=0.2 if sys.stderr.isatty() else 30)
 
 
-def read_rows(path):
-    """The rows of a JSONL file of ours; a last line cut short by a crash is taken off the file."""
+def read_rows(path, keys=("id",)):
+    """The rows of a JSONL file of ours, each with `keys`; a last line cut short by a crash is taken off the file."""
     path, rows, good = Path(path), [], 0
-    if not path.exists():
-        return rows
-    raw = path.read_bytes()
-    for line in raw.splitlines(keepends=True):
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if good + len(line) < len(raw):
-                raise DataError(f"{path}:{len(rows) + 1}: not JSON; expected a row of ours; delete the file") from None
-            break
-        if not line.endswith(b"\n"):
-            rows.pop()
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not line.endswith(b"\n"):  # only a last line can end so
+            os.truncate(path, good)
             break
         good += len(line)
-    if good < len(raw):
-        os.truncate(path, good)
+        rows.append(row)
+        if not isinstance(row, dict) or not set(keys) <= set(row):
+            raise DataError(f"{path}:{len(rows)}: not JSON with {', '.join(keys)}; expected our rows; delete the line")
     return rows
 
 
@@ -127,8 +134,15 @@ def append_rows(path, rows):
         os.fsync(file.fileno())
 
 
+def write_rows(path, rows):
+    """A whole JSONL file at once, under a temporary name and renamed: never half a file."""
+    Path(f"{path}.tmp").unlink(missing_ok=True)
+    append_rows(f"{path}.tmp", rows)
+    os.replace(f"{path}.tmp", path)
+
+
 def write_json(path, value):
-    """Write under a temporary name and rename: never half a file."""
+    """The same for a JSON file, for people to read."""
     temporary = Path(f"{path}.tmp")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
@@ -142,18 +156,37 @@ def provenance():
     return dict(commit=commit or "unknown", torch=torch.__version__, device_name=device)
 
 
+LOCKS = {}  # {folder: the file that locks it}, open until this process ends: killed or not, the lock goes with it
+
+
 def claim(config, path):
-    """Store a configuration with its results at `path`; refuse a folder that another one has begun to fill."""
+    """Lock the folder of `path` for this process and store the configuration with its results at `path`; refuse a
+    folder that another process works in, or that another configuration has begun to fill."""
     mine, path = asdict(config) | provenance(), Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent.resolve() not in LOCKS:
+        file = open(path.parent / "lock", "a+")  # not closed: closing would unlock
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UsageError(f"{path.parent}: {file.read().strip() or 'another process'} works here; expected a folder "
+                             "for each process; wait for it, or choose another --out") from None  # fmt: skip
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        LOCKS[path.parent.resolve()] = file
     # what changes no result that is already there:
     free = {"mode", "rounds", "explain", "out", "slots", "device", "threads", "save_seconds", *provenance()}
     if path.exists():
-        there = json.loads(path.read_text("utf-8"))
+        try:
+            there = {} | json.loads(path.read_text("utf-8"))
+        except (ValueError, TypeError):
+            raise UsageError(f"{path}: not the JSON of a configuration; expected ours; choose another --out") from None
         key = next((key for key in mine if key not in free and there.get(key) != mine[key]), None)
         if key:
             raise UsageError(f"{path}: a run with {key} = {there.get(key)!r}, not {mine[key]!r}; "
                              "expected the same configuration; choose another --out")  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, mine)
 
 
@@ -197,9 +230,18 @@ class Policy:
         """The text of token ids without end of text, by its id: not every tokenizer calls it special."""
         return self.tokenizer.decode([i for i in ids if i != self.tokenizer.eos_id])
 
-    def generate(self, prompts, **options):
-        return generate(self.model, prompts, stop_ids=[self.tokenizer.eos_id], vocab_size=self.tokenizer.vocab_size,
-                        slots=self.slots, stats=self.stats, **options)  # fmt: skip
+    def generate(self, prompts, n=1, **options):
+        """As `generate`. Where memory runs out, half the slots go on: no result depends on them."""
+        while True:
+            try:
+                return generate(self.model, prompts, n, stop_ids=[self.tokenizer.eos_id], slots=self.slots,
+                                vocab_size=self.tokenizer.vocab_size, stats=self.stats, **options)  # fmt: skip
+            except RuntimeError as error:
+                rows = min(self.slots or 1024, n * len(prompts))
+                if not out_of_memory(error) or rows == 1:
+                    raise
+                self.slots = rows // 2
+            print(f"out of memory with up to {rows} slots; going on with --slots {self.slots}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- sampling
@@ -402,7 +444,9 @@ def sample(policy, problems, path, *, n, max_new_tokens, temperature, seed):
 
     A row: {id, temperature, samples: [{ids, text, ended, correct}, ...]}. Returns {problem id: row}.
     """
-    rows = {row["id"]: row for row in read_rows(path)}
+    rows = {row["id"]: row for row in read_rows(path, ("id", "temperature", "samples"))}
+    for row in rows.values():  # another sampler may have written them
+        need_samples(path, row, n, policy.tokenizer.vocab_size)
     todo = [p for p in problems if p.id not in rows]
     bar = progress("sample", "problem", len(problems), len(problems) - len(todo))
     size = max(1, policy.portion // n)
@@ -419,6 +463,17 @@ def sample(policy, problems, path, *, n, max_new_tokens, temperature, seed):
         bar.update(len(batch))
     bar.close()
     return rows
+
+
+def need_samples(path, row, n, vocab_size):
+    """Refuse a row of rollouts.jsonl that the stages behind could not use."""
+    samples, kinds = row["samples"], dict(ids=list, text=str, ended=bool, correct=bool)
+    good = isinstance(samples, list) and len(samples) == n and all(
+        isinstance(s, dict) and all(isinstance(s.get(key), kind) for key, kind in kinds.items())
+        and all(type(i) is int and 0 <= i < vocab_size for i in s["ids"]) for s in samples)  # fmt: skip
+    if not good:
+        raise DataError(f"{path}: row {row['id']!r:.80}: expected {n} samples, each with ids below {vocab_size}, text, "
+                        "ended and correct (true or false); correct the row or delete it")  # fmt: skip
 
 
 def unique(solutions):
@@ -508,7 +563,8 @@ def estimate_values(policy, problems, solutions, path, *, k, scan, max_new_token
     at a time up to the first right one. The pit is that of `first`, rollout by rollout; a Q above 0 is then the share
     of those drawn, too high on average, and there are fewer right continuations to choose from.
     """
-    rows = {(row["id"], row["sample"]): row for row in read_rows(path)}
+    keys = ("id", "sample", "correct", "ids", "text", "ends", "values", "best", "pit", "right")
+    rows = {(row["id"], row["sample"]): row for row in read_rows(path, keys)}
     todo = [key for key in solutions if key not in rows]
     bar = progress("values", "solution", len(solutions), len(solutions) - len(todo))
     size = max(1, policy.portion // k)

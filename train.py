@@ -27,8 +27,10 @@ import csv
 import itertools
 import math
 import os
+import signal
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -43,8 +45,8 @@ from torch.utils.checkpoint import checkpoint
 from data import DEFAULT_PROMPT, builtin_tokenizer, load_problems
 from evaluate import evaluate, pit_report, table
 from model import GPT, Config
-from rollout import Policy, UsageError, advantages, append_rows, claim, entry, estimate_values, flag, load_policy
-from rollout import make_pairs, parse, progress, sample, select_diverse, to_value, write_json
+from rollout import Policy, UsageError, advantages, claim, entry, estimate_values, flag, load_policy, make_pairs
+from rollout import parse, progress, sample, select_diverse, to_value, write_json, write_rows
 
 # ---------------------------------------------------------------- losses
 
@@ -192,8 +194,10 @@ def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=Non
     """
     model, folder, name = policy.model, Path(folder), Path(folder).name
     folder.mkdir(parents=True, exist_ok=True)
+    checkpoint_path = folder / "checkpoint.safetensors"
     if (folder / "model.safetensors").exists():
         reload(policy, folder)
+        checkpoint_path.unlink(missing_ok=True)  # a stop between the two
         return
     if pairs and not c.nll:
         examples = []
@@ -206,38 +210,54 @@ def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=Non
         add_reference(model, pairs, c.micro_tokens)
     weights = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(weights.values(), lr=lr, betas=(0.9, 0.99), weight_decay=c.weight_decay, fused=True)
-    checkpoint_path = folder / "checkpoint.safetensors"
     start = load_checkpoint(checkpoint_path, weights, optimizer, steps)
     cut_log(log_path, name, start)
     if not start:
         show(policy, examples, pairs)
     bar, saved = progress(name, "step", steps, start), time.monotonic()
-    for step in range(start, steps):
-        began = time.monotonic()
-        batch = [examples[i] for i in draw(len(examples), c.batch, step, c.seed)] if examples else []
-        chosen = [pairs[i] for i in draw(len(pairs), c.batch, step, c.seed)] if pairs else []
-        with precision:
-            log = backward(model, batch, chosen, c)
-        norm = torch.nn.utils.clip_grad_norm_(weights.values(), c.clip).item()
-        if not math.isfinite(log["loss"] + norm):
-            ids = [e.id for e in batch] + [p["id"] for p in chosen]
-            raise UsageError(f"{name}: loss {log['loss']} and gradient norm {norm} in step {step}, on problems "
-                             f"{', '.join(sorted(set(ids)))}; lower --lr; the last good checkpoint stands")  # fmt: skip
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr, c.warmup)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        write_log(log_path, name, step, log, optimizer.param_groups[0]["lr"], norm, time.monotonic() - began)
-        bar.set_postfix(loss=f"{log['loss']:.3f}", margin=f"{log['margin']:.2f}", refresh=False)
-        bar.update()
-        if keep_at and step + 1 == max(1, round(steps * keep_at[0] / epochs)):
-            save(policy, keep_at[1])
-        if time.monotonic() - saved > c.save_seconds:
-            save_checkpoint(checkpoint_path, weights, optimizer, step + 1)
-            saved = time.monotonic()
+    with interrupts_held() as interrupts:
+        for step in range(start, steps):
+            began = time.monotonic()
+            batch = [examples[i] for i in draw(len(examples), c.batch, step, c.seed)] if examples else []
+            chosen = [pairs[i] for i in draw(len(pairs), c.batch, step, c.seed)] if pairs else []
+            with precision:
+                log = backward(model, batch, chosen, c)
+            norm = torch.nn.utils.clip_grad_norm_(weights.values(), c.clip).item()
+            if not math.isfinite(log["loss"] + norm):
+                ids = [e.id for e in batch] + [p["id"] for p in chosen]
+                last = checkpoint_path if checkpoint_path.exists() else "none yet"
+                raise UsageError(
+                    f"{name}: loss {log['loss']}, gradient norm {norm} in step {step}, on problems "
+                    f"{', '.join(sorted(set(ids)))}; last good checkpoint: {last}; lower --lr")  # fmt: skip
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, lr, c.warmup)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            write_log(log_path, name, step, log, optimizer.param_groups[0]["lr"], norm, time.monotonic() - began)
+            bar.set_postfix(loss=f"{log['loss']:.3f}", margin=f"{log['margin']:.2f}", refresh=False)
+            bar.update()
+            if keep_at and step + 1 == max(1, round(steps * keep_at[0] / epochs)):
+                save(policy, keep_at[1])
+            if time.monotonic() - saved > c.save_seconds or interrupts:
+                save_checkpoint(checkpoint_path, weights, optimizer, step + 1)
+                saved = time.monotonic()
+            if interrupts:
+                break
     bar.close()
     save(policy, folder)
     checkpoint_path.unlink(missing_ok=True)
+
+
+@contextmanager
+def interrupts_held():
+    """Ctrl-C waits for the end of a step, where everything can be saved: yields a list that then is not empty."""
+    held, before = [], signal.signal(signal.SIGINT, lambda *signal: held.append(signal))
+    try:
+        yield held
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        raise KeyboardInterrupt
 
 
 def save(policy, folder):
@@ -440,8 +460,7 @@ def run(c):
     teacher = [example(policy, p, policy.tokenizer.encode(p.solution) + [policy.tokenizer.eos_id]) for p in train]
     claim(c, out / "config.json")
     for name, problems in (("data", train), ("test", test)):  # as drawn: the run can be read without its source
-        (out / f"{name}.jsonl").unlink(missing_ok=True)
-        append_rows(out / f"{name}.jsonl", [asdict(p) for p in problems])
+        write_rows(out / f"{name}.jsonl", [asdict(p) for p in problems])
     log, by_id = out / "metrics.csv", {p.id: p for p in train}
     generator = out / "generator" if c.generator_epochs < c.sft_epochs else out / "sft"
     early = (c.generator_epochs, generator) if generator.name == "generator" else None
@@ -507,8 +526,7 @@ def negatives(policy, problems, rollouts, folder, c, i=0):
     values = estimate_values(policy, problems, solutions, folder / "values.jsonl", k=c.rollouts,
                              scan="full" if awr else c.scan, **drawing(c, i))  # fmt: skip
     pairs = make_pairs(c.pairs, policy, problems, rollouts, values, c.seed, c.negatives)
-    (folder / "pairs.jsonl").unlink(missing_ok=True)
-    append_rows(folder / "pairs.jsonl", pairs)
+    write_rows(folder / "pairs.jsonl", pairs)
     print(f"{pit_report(problems, values, c.rollouts)}; {len(pairs)} pairs")
     if not awr:
         return [], pairs
