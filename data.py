@@ -370,7 +370,8 @@ def equation_key(text):
     """The equations of a solution, to tell rewordings from new solutions: 'He has 2 x 3 = $6.' is ('2*3=6',)."""
     text = ANNOTATION.sub("", text).translate(SYMBOLS)
     runs = (re.sub(r"[ ,$]", "", run).replace("x", "*").strip("*.") for run in re.findall(r"[-+*/()\d.,$%=x ]+", text))
-    return tuple(run for run in runs if re.search(r"\d.*=.*\d", run))
+    runs = ((run, re.search(r"\d", run)) for run in runs)  # a digit, then =, then a digit: by parts, in linear time
+    return tuple(run for run, digit in runs if digit and re.search(r"\d", run[digit.start() :].partition("=")[2]))
 
 
 class Tokenizer:

@@ -446,7 +446,7 @@ def sample(policy, problems, path, *, n, max_new_tokens, temperature, seed):
     """
     rows = {row["id"]: row for row in read_rows(path, ("id", "temperature", "samples"))}
     for row in rows.values():  # another sampler may have written them
-        need_samples(path, row, n, policy.tokenizer.vocab_size)
+        need_samples(path, row, policy.tokenizer.vocab_size)
     todo = [p for p in problems if p.id not in rows]
     bar = progress("sample", "problem", len(problems), len(problems) - len(todo))
     size = max(1, policy.portion // n)
@@ -465,14 +465,14 @@ def sample(policy, problems, path, *, n, max_new_tokens, temperature, seed):
     return rows
 
 
-def need_samples(path, row, n, vocab_size):
+def need_samples(path, row, vocab_size):
     """Refuse a row of rollouts.jsonl that the stages behind could not use."""
     samples, kinds = row["samples"], dict(ids=list, text=str, ended=bool, correct=bool)
-    good = isinstance(samples, list) and len(samples) == n and all(
+    good = isinstance(samples, list) and samples and all(
         isinstance(s, dict) and all(isinstance(s.get(key), kind) for key, kind in kinds.items())
         and all(type(i) is int and 0 <= i < vocab_size for i in s["ids"]) for s in samples)  # fmt: skip
     if not good:
-        raise DataError(f"{path}: row {row['id']!r:.80}: expected {n} samples, each with ids below {vocab_size}, text, "
+        raise DataError(f"{path}: row {row['id']!r:.80}: expected samples, each with ids below {vocab_size}, text, "
                         "ended and correct (true or false); correct the row or delete it")  # fmt: skip
 
 

@@ -196,9 +196,9 @@ SOLUTION = dict(ids=[5, 6, 0], text="x", ended=True, correct=False)
 
 
 @pytest.mark.parametrize("row", [
-    [], 3, None, dict(id="train-0-0"), dict(id="train-0-0", temperature=1, samples=[SOLUTION]),
+    [], 3, None, dict(id="train-0-0"),
     *(dict(id="train-0-0", temperature=1, samples=samples) for samples in (
-        None, [], [SOLUTION, 3], [SOLUTION] * 3, [SOLUTION, SOLUTION | {"correct": "yes"}],
+        None, [], [SOLUTION, 3], [SOLUTION, SOLUTION | {"correct": "yes"}],
         [SOLUTION, SOLUTION | {"ids": [10**9]}], [SOLUTION, SOLUTION | {"ids": [True]}],
         [SOLUTION, SOLUTION | {"ids": "5"}], [SOLUTION, dict(ids=[5], text="x", correct=True)]))])  # fmt: skip
 def test_rows_of_another_sampler_are_checked(tmp_path, row):
