@@ -38,13 +38,17 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from data import DEFAULT_PROMPT, builtin_tokenizer, load_problems
 from evaluate import evaluate, pit_report, table
 from model import GPT, Config
-from rollout import Policy, UsageError, advantages, append_rows, claim, entry, estimate_values, flag, load_policy
-from rollout import make_pairs, parse, progress, sample, select_diverse, to_value, write_json
+from rollout import RANK, WORLD, Policy, UsageError, advantages, append_rows, claim, entry, estimate_values, first_only
+from rollout import flag, gather, load_policy, make_pairs, parse, progress, sample, select_diverse, share, to_value
+from rollout import write_json
 
 # ---------------------------------------------------------------- losses
 
@@ -123,16 +127,23 @@ def order(n, epoch, seed):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def micro_batches(items, length, tokens):
-    """Items sorted by length in groups of at most `tokens` padded tokens (or of one item). The longest come first: if
-    memory runs out, then in the first step and not after an hour."""
+def micro_batches(items, length, tokens, each=1):
+    """Items sorted by length in groups of at most `tokens` padded tokens (or one item) for `each` process. The longest
+    come first: if memory runs out, then in the first step and not after an hour."""
     groups = []
     for item in sorted(items, key=length, reverse=True):
-        if groups and length(groups[-1][0]) * (len(groups[-1]) + 1) <= tokens:
+        if groups and len(groups[-1]) < each * max(1, tokens // length(groups[-1][0])):
             groups[-1].append(item)
         else:
             groups.append([item])
     return groups
+
+
+def shares(items, length, tokens):
+    """This process's part of each micro-batch, with its weight: WORLD, as gradients are averaged over the processes,
+    and 0 for a part that only stands in where items ran out: every process must run every forward and backward."""
+    groups = micro_batches(items, length, tokens, WORLD)
+    return [(group[RANK::WORLD] or group[:1], WORLD * (RANK < len(group))) for group in groups]
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -148,23 +159,25 @@ def backward(model, examples, pairs, c):
     that the micro-batch size never changes the gradient. Returns the numbers for the log (sums of per-batch shares)."""
     log = Counter()
     total = sum(len(e.response) for e in examples)
-    for group in micro_batches(examples, lambda e: len(e.prompt) + len(e.response), c.micro_tokens):
+    for group, weight in shares(examples, lambda e: len(e.prompt) + len(e.response), c.micro_tokens):
         values = token_logprobs(model, [(e.prompt, e.response) for e in group])
         if group[0].weights is not None:
             values = values * torch.tensor([w for e in group for w in e.weights], device=values.device)
-        nll = -values.sum() / total
+        nll = -values.sum() / total * weight
         (c.nll * nll if pairs else nll).backward()
         log["nll"] += nll.item()
     longest = lambda p: len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"]))  # noqa: E731
-    for group in micro_batches(pairs, longest, c.micro_tokens // 2):
+    for group, weight in shares(pairs, longest, c.micro_tokens // 2):
         both = sequence_logprobs(model, sides(group))
         chosen, rejected = both[: len(group)], both[len(group) :]
         reference = torch.tensor([p["reference"] for p in group], device=both.device)
         loss, margin = dpo_loss(chosen, rejected, *reference.T, c.beta)
-        (loss.sum() / len(pairs)).backward()
-        log.update(dpo=loss.sum().item() / len(pairs), margin=margin.sum().item() / len(pairs),
-                   accuracy=(margin > 0).sum().item() / len(pairs), chosen=chosen.sum().item() / len(pairs),
-                   rejected=rejected.sum().item() / len(pairs))  # fmt: skip
+        (loss.sum() / len(pairs) * weight).backward()
+        sums = dict(dpo=loss, margin=margin, accuracy=margin > 0, chosen=chosen, rejected=rejected)
+        log.update({key: value.sum().item() / len(pairs) * weight for key, value in sums.items()})
+    parts, log = gather([log]), Counter()
+    for part in parts:
+        log.update({key: value / WORLD for key, value in part.items()})
     log["loss"] = log["nll"] * (c.nll if pairs else 1) + log["dpo"]
     log["tokens"] = sum(len(e.prompt) + len(e.response) for e in examples) + sum(map(longest, pairs))
     return log
@@ -177,10 +190,30 @@ def sides(pairs):
 @torch.no_grad()
 def add_reference(model, pairs, tokens):
     """The reference's log-probabilities of both sides, computed once: it is frozen."""
-    for group in micro_batches(pairs, lambda p: len(p["prompt_ids"]) + len(p["chosen_ids"]), tokens // 2):
+    for group in micro_batches(share(pairs), lambda p: len(p["prompt_ids"]) + len(p["chosen_ids"]), tokens // 2):
         both = sequence_logprobs(model, sides(group)).tolist()
         for p, chosen, rejected in zip(group, both[: len(group)], both[len(group) :], strict=True):
             p["reference"] = [chosen, rejected]
+    for p, reference in zip(pairs, gather([p["reference"] for p in share(pairs)]), strict=True):
+        p["reference"] = reference
+
+
+def shard(model):
+    """FSDP2: a process keeps a part of every weight, gradient and optimizer state, and sees a layer's weights whole
+    only while it computes with them. The root's (embedding, head, last norm) stay whole from `hidden` until its
+    backward pass: `logits`, the other method that reads them, is called in between and needs no hook of its own."""
+    mesh = init_device_mesh(next(model.parameters()).device.type, (WORLD,))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "hidden")
+
+
+@torch.no_grad()
+def gathered(tensors):
+    """(name, tensor) pairs of which each process holds a part -> {name: all of it, on the CPU} in rank 0, else {}."""
+    whole = ((name, t.full_tensor()) for name, t in tensors)  # one at a time
+    return {name: t.cpu() for name, t in whole if RANK == 0}
 
 
 def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=None):
@@ -201,9 +234,11 @@ def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=Non
     steps = max(1, round(epochs * n / c.batch))
     model.gradient_checkpointing = bool(c.gradient_checkpointing)
     device = next(model.parameters()).device.type
-    precision = torch.autocast(device, torch.bfloat16, enabled=policy.dtype == "bfloat16")
+    precision = torch.autocast(device, torch.bfloat16, enabled=policy.dtype == "bfloat16", cache_enabled=WORLD == 1)
     with precision:
         add_reference(model, pairs, c.micro_tokens)
+    if WORLD > 1:
+        shard(model)
     weights = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(weights.values(), lr=lr, betas=(0.9, 0.99), weight_decay=c.weight_decay, fused=True)
     checkpoint_path = folder / "checkpoint.safetensors"
@@ -218,7 +253,8 @@ def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=Non
         chosen = [pairs[i] for i in draw(len(pairs), c.batch, step, c.seed)] if pairs else []
         with precision:
             log = backward(model, batch, chosen, c)
-        norm = torch.nn.utils.clip_grad_norm_(weights.values(), c.clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(weights.values(), c.clip)
+        norm = (norm.full_tensor() if WORLD > 1 else norm).item()
         if not math.isfinite(log["loss"] + norm):
             ids = [e.id for e in batch] + [p["id"] for p in chosen]
             raise UsageError(f"{name}: loss {log['loss']} and gradient norm {norm} in step {step}, on problems "
@@ -232,18 +268,28 @@ def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=Non
         bar.update()
         if keep_at and step + 1 == max(1, round(steps * keep_at[0] / epochs)):
             save(policy, keep_at[1])
-        if time.monotonic() - saved > c.save_seconds:
+        if max(gather([time.monotonic() - saved])) > c.save_seconds:  # all or none
             save_checkpoint(checkpoint_path, weights, optimizer, step + 1)
             saved = time.monotonic()
     bar.close()
     save(policy, folder)
-    checkpoint_path.unlink(missing_ok=True)
+    if RANK == 0:
+        checkpoint_path.unlink(missing_ok=True)
 
 
 def save(policy, folder):
     """A Hugging Face folder. The weights come last: a folder that has them is complete."""
-    policy.tokenizer.save(folder)
-    policy.model.save_pretrained(folder)
+    model = policy.model
+    if WORLD > 1:
+        weights = gathered(model.named_parameters())
+        with torch.device("meta"):
+            model = GPT(model.config)
+        if weights:
+            model.load_state_dict(weights, assign=True)
+    if RANK == 0:
+        policy.tokenizer.save(folder)
+        model.save_pretrained(folder)
+    gather([])  # nobody reads it before it stands
 
 
 def reload(policy, folder):
@@ -256,6 +302,10 @@ def save_checkpoint(path, weights, optimizer, step):
     tensors = {f"weight.{name}": p.detach() for name, p in weights.items()}
     for name, p in weights.items():
         tensors |= {f"{key}.{name}": value for key, value in optimizer.state[p].items() if key != "step"}
+    if WORLD > 1:
+        tensors = gathered(tensors.items())
+    if RANK:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: t.contiguous() for k, t in tensors.items()}, f"{path}.tmp", metadata={"step": str(step)})
     os.replace(f"{path}.tmp", path)
@@ -270,9 +320,11 @@ def load_checkpoint(path, weights, optimizer, steps):
             step, tensors = int(file.metadata()["step"]), {key: file.get_tensor(key) for key in file.keys()}
         with torch.no_grad():
             for name, p in weights.items():
-                p.copy_(tensors[f"weight.{name}"])
-                optimizer.state[p] = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[p]["step"] = torch.tensor(float(step), device=p.device)
+                state = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("weight", "exp_avg", "exp_avg_sq")}
+                if WORLD > 1:
+                    state = {key: distribute_tensor(t, p.device_mesh, p.placements) for key, t in state.items()}
+                p.copy_(state.pop("weight"))
+                optimizer.state[p] = state | {"step": torch.tensor(float(step), device=p.device)}
     except (SafetensorError, KeyError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"{path}: {reason}; expected our checkpoint; delete it to start over") from None
@@ -282,6 +334,7 @@ def load_checkpoint(path, weights, optimizer, steps):
 COLUMNS = "stage step loss nll dpo margin accuracy chosen rejected lr grad_norm tokens_per_s".split()
 
 
+@first_only
 def write_log(path, stage, step, log, lr, norm, seconds):
     """One line of metrics.csv; see the README for what each column means."""
     row = dict(log, stage=stage, step=step, lr=lr, grad_norm=norm, tokens_per_s=log["tokens"] / seconds)
@@ -293,6 +346,7 @@ def write_log(path, stage, step, log, lr, norm, seconds):
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
+@first_only
 def cut_log(path, stage, start):
     """Drop the lines of steps that a resumed stage does again."""
     if Path(path).exists():
@@ -440,8 +494,7 @@ def run(c):
     teacher = [example(policy, p, policy.tokenizer.encode(p.solution) + [policy.tokenizer.eos_id]) for p in train]
     claim(c, out / "config.json")
     for name, problems in (("data", train), ("test", test)):  # as drawn: the run can be read without its source
-        (out / f"{name}.jsonl").unlink(missing_ok=True)
-        append_rows(out / f"{name}.jsonl", [asdict(p) for p in problems])
+        rewrite_rows(out / f"{name}.jsonl", [asdict(p) for p in problems])
     log, by_id = out / "metrics.csv", {p.id: p for p in train}
     generator = out / "generator" if c.generator_epochs < c.sft_epochs else out / "sft"
     early = (c.generator_epochs, generator) if generator.name == "generator" else None
@@ -473,6 +526,12 @@ def run(c):
                                      samples=c.eval_samples, temperature=c.temperature, seed=c.seed)  # fmt: skip
     write_json(out / "results.json", results)
     print(table(results))
+
+
+@first_only
+def rewrite_rows(path, rows):
+    path.unlink(missing_ok=True)
+    append_rows(path, rows)
 
 
 def example(policy, problem, response):
@@ -507,8 +566,7 @@ def negatives(policy, problems, rollouts, folder, c, i=0):
     values = estimate_values(policy, problems, solutions, folder / "values.jsonl", k=c.rollouts,
                              scan="full" if awr else c.scan, **drawing(c, i))  # fmt: skip
     pairs = make_pairs(c.pairs, policy, problems, rollouts, values, c.seed, c.negatives)
-    (folder / "pairs.jsonl").unlink(missing_ok=True)
-    append_rows(folder / "pairs.jsonl", pairs)
+    rewrite_rows(folder / "pairs.jsonl", pairs)
     print(f"{pit_report(problems, values, c.rollouts)}; {len(pairs)} pairs")
     if not awr:
         return [], pairs
