@@ -54,7 +54,7 @@ def flag(default, text, least=0, most=1e18, choices=None):
 
 
 def parse(config_class, description, argv=None):
-    """Flags from a flat dataclass; an unknown flag or a value of the wrong kind leaves with one line and code 2."""
+    """Flags from a flat dataclass; an unknown flag or a value of the wrong kind is a UsageError."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
 
