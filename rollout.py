@@ -27,6 +27,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain, pairwise
@@ -116,6 +117,7 @@ def together(main):
         main()
     except (Exception, KeyboardInterrupt):
         if dist.distributed_c10d._get_default_store().add("failed", 1) > 1:
+            time.sleep(1)  # as torchrun ends all when one is gone, and the first has yet to tell
             os._exit(2)
         raise
     dist.destroy_process_group()
