@@ -302,8 +302,7 @@ def save_checkpoint(path, weights, optimizer, step):
     tensors = {f"weight.{name}": p.detach() for name, p in weights.items()}
     for name, p in weights.items():
         tensors |= {f"{key}.{name}": value for key, value in optimizer.state[p].items() if key != "step"}
-    if WORLD > 1:
-        tensors = gathered(tensors.items())
+    tensors = gathered(tensors.items()) if WORLD > 1 else tensors
     if RANK:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -494,7 +493,9 @@ def run(c):
     teacher = [example(policy, p, policy.tokenizer.encode(p.solution) + [policy.tokenizer.eos_id]) for p in train]
     claim(c, out / "config.json")
     for name, problems in (("data", train), ("test", test)):  # as drawn: the run can be read without its source
-        rewrite_rows(out / f"{name}.jsonl", [asdict(p) for p in problems])
+        if RANK == 0:
+            (out / f"{name}.jsonl").unlink(missing_ok=True)
+        append_rows(out / f"{name}.jsonl", [asdict(p) for p in problems])
     log, by_id = out / "metrics.csv", {p.id: p for p in train}
     generator = out / "generator" if c.generator_epochs < c.sft_epochs else out / "sft"
     early = (c.generator_epochs, generator) if generator.name == "generator" else None
@@ -526,12 +527,6 @@ def run(c):
                                      samples=c.eval_samples, temperature=c.temperature, seed=c.seed)  # fmt: skip
     write_json(out / "results.json", results)
     print(table(results))
-
-
-@first_only
-def rewrite_rows(path, rows):
-    path.unlink(missing_ok=True)
-    append_rows(path, rows)
 
 
 def example(policy, problem, response):
@@ -566,7 +561,9 @@ def negatives(policy, problems, rollouts, folder, c, i=0):
     values = estimate_values(policy, problems, solutions, folder / "values.jsonl", k=c.rollouts,
                              scan="full" if awr else c.scan, **drawing(c, i))  # fmt: skip
     pairs = make_pairs(c.pairs, policy, problems, rollouts, values, c.seed, c.negatives)
-    rewrite_rows(folder / "pairs.jsonl", pairs)
+    if RANK == 0:
+        (folder / "pairs.jsonl").unlink(missing_ok=True)
+    append_rows(folder / "pairs.jsonl", pairs)
     print(f"{pit_report(problems, values, c.rollouts)}; {len(pairs)} pairs")
     if not awr:
         return [], pairs
