@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from data import DEFAULT_PROMPT, answers_equal, extract_answer, judge_steps, load_problems
-from rollout import UsageError, best_of, claim, entry, estimate_values, flag, load_policy, make_pairs, parse, read_rows
-from rollout import sample, to_value, write_json
+from rollout import UsageError, best_of, claim, entry, estimate_values, flag, gather, load_policy, make_pairs, parse
+from rollout import read_rows, sample, to_value, write_json
 
 
 def wilson(right, n, z=1.96):
@@ -235,6 +235,7 @@ def main():
     write_json(out / "results.json", results)
     print(table(results))
     if c.values:
+        gather([])  # until rank 0 has written them
         rows = {row["id"]: row for row in read_rows(out / "model" / "greedy.jsonl")}
         steps = q_by_step(policy, problems, to_value(problems, rows, 1, 1), out / "model", k=c.values,
                           max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed)  # fmt: skip

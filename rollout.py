@@ -28,13 +28,15 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -55,10 +57,14 @@ def flag(default, text, least=0, most=1e18, choices=None):
 
 
 def parse(config_class, description, argv=None):
-    """Flags from a flat dataclass; an unknown flag or a value of the wrong kind leaves with one line and code 2."""
+    """Flags from a flat dataclass; an unknown flag or a value of the wrong kind is a UsageError."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.error = lambda message: sys.exit(fail(f"{message}; see --help for the flags"))
+
+    def error(message):
+        raise UsageError(f"{message}; see --help for the flags")
+
+    parser.error = error
     for f in fields(config_class):
         kind = f.type if f.type in (int, float, str) else f.type.__args__[0]  # 'int | None' takes an int
         default = "by task" if f.default is None else repr(f.default)
@@ -85,7 +91,7 @@ def fail(message):
 def entry(main):
     """Run a program: errors that a user can mend are one line and exit code 2; Ctrl-C says how to go on."""
     try:
-        main()
+        together(main) if WORLD > 1 else main()
     except (ValueError, OSError, SafetensorError) as error:  # our own errors are ValueErrors of one line
         sys.exit(fail(" ".join(str(error).split())))
     except RuntimeError as error:
@@ -105,7 +111,45 @@ def out_of_memory(error):
 
 def progress(name, unit, total, done):
     """A progress bar; where nobody watches (a file, a pipe) a line now and then."""
-    return tqdm(total=total, initial=done, desc=name, unit=unit, mininterval=0.2 if sys.stderr.isatty() else 30)
+    pause = 0.2 if sys.stderr.isatty() else 30
+    return tqdm(total=total, initial=done, desc=name, unit=unit, mininterval=pause, disable=RANK > 0)
+
+
+# Under torchrun the processes share the work, each of them gets all rows, and rank 0 alone prints and writes.
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
+
+def together(main):
+    """main as one of torchrun's processes. An error is told by the first that meets it; torchrun then ends the rest."""
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+    try:
+        main()
+    except (Exception, KeyboardInterrupt):
+        if dist.distributed_c10d._get_default_store().add("failed", 1) > 1:
+            time.sleep(1)  # as torchrun ends all when one is gone, and the first has yet to tell
+            os._exit(2)
+        raise
+    dist.destroy_process_group()
+
+
+def share(items):
+    """This process's share of a list: one block, so that prompts of one problem stay together."""
+    return items[len(items) * RANK // WORLD : len(items) * (RANK + 1) // WORLD]
+
+
+def gather(mine):
+    """The shares of all processes, put together again in each of them; waits for them all."""
+    parts = [mine] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(parts, mine)
+    return list(chain(*parts))
+
+
+def first_only(write):
+    """Of a function that writes: the other processes pass it by."""
+    return write if RANK == 0 else lambda *arguments, **options: None
 
 
 def read_rows(path, keys=("id",)):
@@ -117,7 +161,8 @@ def read_rows(path, keys=("id",)):
         except (ValueError, RecursionError):
             row = None
         if not line.endswith(b"\n"):  # only a last line can end so
-            os.truncate(path, good)
+            if RANK == 0:
+                os.truncate(path, good)
             break
         good += len(line)
         rows.append(row)
@@ -126,6 +171,7 @@ def read_rows(path, keys=("id",)):
     return rows
 
 
+@first_only
 def append_rows(path, rows):
     """Append rows in one write, so that a crash can only cut the last of them."""
     with open(path, "a", encoding="utf-8") as file:
@@ -134,6 +180,7 @@ def append_rows(path, rows):
         os.fsync(file.fileno())
 
 
+@first_only
 def write_rows(path, rows):
     """A whole JSONL file at once, under a temporary name and renamed: never half a file."""
     Path(f"{path}.tmp").unlink(missing_ok=True)
@@ -141,6 +188,7 @@ def write_rows(path, rows):
     os.replace(f"{path}.tmp", path)
 
 
+@first_only
 def write_json(path, value):
     """The same for a JSON file, for people to read."""
     temporary = Path(f"{path}.tmp")
@@ -164,7 +212,7 @@ def claim(config, path):
     folder that another process works in, or that another configuration has begun to fill."""
     mine, path = asdict(config) | provenance(), Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.parent.resolve() not in LOCKS:
+    if RANK == 0 and path.parent.resolve() not in LOCKS:
         file = open(path.parent / "lock", "a+")  # not closed: closing would unlock
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -188,6 +236,7 @@ def claim(config, path):
             raise UsageError(f"{path}: a run with {key} = {there.get(key)!r}, not {mine[key]!r}; "
                              "expected the same configuration; choose another --out")  # fmt: skip
     write_json(path, mine)
+    gather([])  # no process goes on in a folder that another was refused
 
 
 def load_policy(folder, config, train=False):
@@ -200,12 +249,14 @@ def load_policy(folder, config, train=False):
     if dtype not in ("float32", "bfloat16"):
         raise UsageError(f"--dtype {dtype}; expected float32 or bfloat16; choose one")
     try:
+        if WORLD > 1 and device == "cuda":
+            torch.cuda.set_device(LOCAL_RANK)
         model = GPT.from_pretrained(folder, dtype=torch.float32 if train else getattr(torch, dtype), device=device)
     except (RuntimeError, AssertionError) as error:  # torch's own words for a device that is not there
         raise UsageError(f"--device {device}: {str(error).splitlines()[0]}; expected cpu or cuda; choose one") from None
     small = sum(p.numel() for p in model.parameters()) < 5_000_000
     if device == "cpu":  # measured: a model this small gains nothing from a third core
-        torch.set_num_threads(config.threads or min(2 if small else 64, os.cpu_count() or 1))
+        torch.set_num_threads(config.threads or min(2 if small else 64, max(1, (os.cpu_count() or 1) // WORLD)))
     return Policy(model, Tokenizer.from_pretrained(folder), config.prompt, config.slots or None, dtype,
                   4096 if small else 512)  # fmt: skip
 
@@ -230,12 +281,15 @@ class Policy:
         """The text of token ids without end of text, by its id: not every tokenizer calls it special."""
         return self.tokenizer.decode([i for i in ids if i != self.tokenizer.eos_id])
 
-    def generate(self, prompts, n=1, **options):
-        """As `generate`. Where memory runs out, half the slots go on: no result depends on them."""
+    def generate(self, prompts, n=1, *, max_new_tokens, **options):
+        """`generate`, its prompts shared among the processes; all of them get all results. Where memory runs out, half
+        the slots go on: no result depends on them."""
+        budgets = max_new_tokens if isinstance(max_new_tokens, int) else share(max_new_tokens)
         while True:
             try:
-                return generate(self.model, prompts, n, stop_ids=[self.tokenizer.eos_id], slots=self.slots,
-                                vocab_size=self.tokenizer.vocab_size, stats=self.stats, **options)  # fmt: skip
+                return gather(generate(self.model, share(prompts), n, max_new_tokens=budgets, slots=self.slots,
+                                       stop_ids=[self.tokenizer.eos_id], vocab_size=self.tokenizer.vocab_size,
+                                       stats=self.stats, **options))  # fmt: skip
             except RuntimeError as error:
                 rows = min(self.slots or 1024, n * len(prompts))
                 if not out_of_memory(error) or rows == 1:
@@ -449,7 +503,7 @@ def sample(policy, problems, path, *, n, max_new_tokens, temperature, seed):
         need_samples(path, row, policy.tokenizer.vocab_size)
     todo = [p for p in problems if p.id not in rows]
     bar = progress("sample", "problem", len(problems), len(problems) - len(todo))
-    size = max(1, policy.portion // n)
+    size = max(1, policy.portion * WORLD // n)
     for start in range(0, len(todo), size):
         batch = todo[start : start + size]
         drawn = policy.generate([policy.prompt(p) for p in batch], n=n, max_new_tokens=max_new_tokens,
@@ -567,7 +621,7 @@ def estimate_values(policy, problems, solutions, path, *, k, scan, max_new_token
     rows = {(row["id"], row["sample"]): row for row in read_rows(path, keys)}
     todo = [key for key in solutions if key not in rows]
     bar = progress("values", "solution", len(solutions), len(solutions) - len(todo))
-    size = max(1, policy.portion // k)
+    size = max(1, policy.portion * WORLD // k)
     for start in range(0, len(todo), size):
         new = {}
         for key in todo[start : start + size]:
@@ -694,7 +748,8 @@ def main():
         chosen = to_value(problems, rollouts, c.samples, 0)
         values = estimate_values(policy, {p.id: p for p in problems}, chosen, out / "values.jsonl", k=c.values,
                                  scan=c.scan, **drawing)  # fmt: skip
-        print(f"{len(values)} wrong solutions valued; tokens: {policy.stats}")
+        tokens = dict(sum(map(Counter, gather([policy.stats])), Counter()))
+        print(f"{len(values)} wrong solutions valued; tokens: {tokens}")
 
 
 if __name__ == "__main__":

@@ -40,13 +40,17 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from data import DEFAULT_PROMPT, builtin_tokenizer, load_problems
 from evaluate import evaluate, pit_report, table
 from model import GPT, Config
-from rollout import Policy, UsageError, advantages, claim, entry, estimate_values, flag, load_policy, make_pairs
-from rollout import parse, progress, sample, select_diverse, to_value, write_json, write_rows
+from rollout import RANK, WORLD, Policy, UsageError, advantages, claim, entry, estimate_values, first_only, flag
+from rollout import gather, load_policy, make_pairs, parse, progress, sample, select_diverse, share, to_value
+from rollout import write_json, write_rows
 
 # ---------------------------------------------------------------- losses
 
@@ -125,16 +129,23 @@ def order(n, epoch, seed):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def micro_batches(items, length, tokens):
-    """Items sorted by length in groups of at most `tokens` padded tokens (or of one item). The longest come first: if
-    memory runs out, then in the first step and not after an hour."""
+def micro_batches(items, length, tokens, each=1):
+    """Items sorted by length in groups of at most `tokens` padded tokens (or one item) for `each` process. The longest
+    come first: if memory runs out, then in the first step and not after an hour."""
     groups = []
     for item in sorted(items, key=length, reverse=True):
-        if groups and length(groups[-1][0]) * (len(groups[-1]) + 1) <= tokens:
+        if groups and len(groups[-1]) < each * max(1, tokens // length(groups[-1][0])):
             groups[-1].append(item)
         else:
             groups.append([item])
     return groups
+
+
+def shares(items, length, tokens):
+    """This process's part of each micro-batch, with its weight: WORLD, as gradients are averaged over the processes,
+    and 0 for a part that only stands in where items ran out: every process must run every forward and backward."""
+    groups = micro_batches(items, length, tokens, WORLD)
+    return [(group[RANK::WORLD] or group[:1], WORLD * (RANK < len(group))) for group in groups]
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -150,23 +161,25 @@ def backward(model, examples, pairs, c):
     that the micro-batch size never changes the gradient. Returns the numbers for the log (sums of per-batch shares)."""
     log = Counter()
     total = sum(len(e.response) for e in examples)
-    for group in micro_batches(examples, lambda e: len(e.prompt) + len(e.response), c.micro_tokens):
+    for group, weight in shares(examples, lambda e: len(e.prompt) + len(e.response), c.micro_tokens):
         values = token_logprobs(model, [(e.prompt, e.response) for e in group])
         if group[0].weights is not None:
             values = values * torch.tensor([w for e in group for w in e.weights], device=values.device)
-        nll = -values.sum() / total
+        nll = -values.sum() / total * weight
         (c.nll * nll if pairs else nll).backward()
         log["nll"] += nll.item()
     longest = lambda p: len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"]))  # noqa: E731
-    for group in micro_batches(pairs, longest, c.micro_tokens // 2):
+    for group, weight in shares(pairs, longest, c.micro_tokens // 2):
         both = sequence_logprobs(model, sides(group))
         chosen, rejected = both[: len(group)], both[len(group) :]
         reference = torch.tensor([p["reference"] for p in group], device=both.device)
         loss, margin = dpo_loss(chosen, rejected, *reference.T, c.beta)
-        (loss.sum() / len(pairs)).backward()
-        log.update(dpo=loss.sum().item() / len(pairs), margin=margin.sum().item() / len(pairs),
-                   accuracy=(margin > 0).sum().item() / len(pairs), chosen=chosen.sum().item() / len(pairs),
-                   rejected=rejected.sum().item() / len(pairs))  # fmt: skip
+        (loss.sum() / len(pairs) * weight).backward()
+        sums = dict(dpo=loss, margin=margin, accuracy=margin > 0, chosen=chosen, rejected=rejected)
+        log.update({key: value.sum().item() / len(pairs) * weight for key, value in sums.items()})
+    parts, log = gather([log]), Counter()
+    for part in parts:
+        log.update({key: value / WORLD for key, value in part.items()})
     log["loss"] = log["nll"] * (c.nll if pairs else 1) + log["dpo"]
     log["tokens"] = sum(len(e.prompt) + len(e.response) for e in examples) + sum(map(longest, pairs))
     return log
@@ -179,10 +192,30 @@ def sides(pairs):
 @torch.no_grad()
 def add_reference(model, pairs, tokens):
     """The reference's log-probabilities of both sides, computed once: it is frozen."""
-    for group in micro_batches(pairs, lambda p: len(p["prompt_ids"]) + len(p["chosen_ids"]), tokens // 2):
+    for group in micro_batches(share(pairs), lambda p: len(p["prompt_ids"]) + len(p["chosen_ids"]), tokens // 2):
         both = sequence_logprobs(model, sides(group)).tolist()
         for p, chosen, rejected in zip(group, both[: len(group)], both[len(group) :], strict=True):
             p["reference"] = [chosen, rejected]
+    for p, reference in zip(pairs, gather([p["reference"] for p in share(pairs)]), strict=True):
+        p["reference"] = reference
+
+
+def shard(model):
+    """FSDP2: a process keeps a part of every weight, gradient and optimizer state, and sees a layer's weights whole
+    only while it computes with them. The root's (embedding, head, last norm) stay whole from `hidden` until its
+    backward pass: `logits`, the other method that reads them, is called in between and needs no hook of its own."""
+    mesh = init_device_mesh(next(model.parameters()).device.type, (WORLD,))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "hidden")
+
+
+@torch.no_grad()
+def gathered(tensors):
+    """(name, tensor) pairs of which each process holds a part -> {name: all of it, on the CPU} in rank 0, else {}."""
+    whole = ((name, t.full_tensor()) for name, t in tensors)  # one at a time
+    return {name: t.cpu() for name, t in whole if RANK == 0}
 
 
 def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=None):
@@ -197,7 +230,8 @@ def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=Non
     checkpoint_path = folder / "checkpoint.safetensors"
     if (folder / "model.safetensors").exists():
         reload(policy, folder)
-        checkpoint_path.unlink(missing_ok=True)  # a stop between the two
+        if RANK == 0:
+            checkpoint_path.unlink(missing_ok=True)  # a stop between the two
         return
     if pairs and not c.nll:
         examples = []
@@ -205,9 +239,11 @@ def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=Non
     steps = max(1, round(epochs * n / c.batch))
     model.gradient_checkpointing = bool(c.gradient_checkpointing)
     device = next(model.parameters()).device.type
-    precision = torch.autocast(device, torch.bfloat16, enabled=policy.dtype == "bfloat16")
+    precision = torch.autocast(device, torch.bfloat16, enabled=policy.dtype == "bfloat16", cache_enabled=WORLD == 1)
     with precision:
         add_reference(model, pairs, c.micro_tokens)
+    if WORLD > 1:
+        shard(model)
     weights = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(weights.values(), lr=lr, betas=(0.9, 0.99), weight_decay=c.weight_decay, fused=True)
     start = load_checkpoint(checkpoint_path, weights, optimizer, steps)
@@ -222,7 +258,8 @@ def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=Non
             chosen = [pairs[i] for i in draw(len(pairs), c.batch, step, c.seed)] if pairs else []
             with precision:
                 log = backward(model, batch, chosen, c)
-            norm = torch.nn.utils.clip_grad_norm_(weights.values(), c.clip).item()
+            norm = torch.nn.utils.clip_grad_norm_(weights.values(), c.clip)
+            norm = (norm.full_tensor() if WORLD > 1 else norm).item()
             if not math.isfinite(log["loss"] + norm):
                 ids = [e.id for e in batch] + [p["id"] for p in chosen]
                 last = checkpoint_path if checkpoint_path.exists() else "none yet"
@@ -238,14 +275,18 @@ def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=Non
             bar.update()
             if keep_at and step + 1 == max(1, round(steps * keep_at[0] / epochs)):
                 save(policy, keep_at[1])
-            if time.monotonic() - saved > c.save_seconds or interrupts:
+            wishes = gather([(time.monotonic() - saved > c.save_seconds, bool(interrupts))])
+            due, stop = np.any(wishes, 0)  # of one process: all do it, or they would wait for each other
+            if due or stop:
                 save_checkpoint(checkpoint_path, weights, optimizer, step + 1)
                 saved = time.monotonic()
-            if interrupts:
+            if stop:
+                interrupts.append("another process")
                 break
     bar.close()
     save(policy, folder)
-    checkpoint_path.unlink(missing_ok=True)
+    if RANK == 0:
+        checkpoint_path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -262,8 +303,17 @@ def interrupts_held():
 
 def save(policy, folder):
     """A Hugging Face folder. The weights come last: a folder that has them is complete."""
-    policy.tokenizer.save(folder)
-    policy.model.save_pretrained(folder)
+    model = policy.model
+    if WORLD > 1:
+        weights = gathered(model.named_parameters())
+        with torch.device("meta"):
+            model = GPT(model.config)
+        if weights:
+            model.load_state_dict(weights, assign=True)
+    if RANK == 0:
+        policy.tokenizer.save(folder)
+        model.save_pretrained(folder)
+    gather([])  # nobody reads it before it stands
 
 
 def reload(policy, folder):
@@ -276,6 +326,9 @@ def save_checkpoint(path, weights, optimizer, step):
     tensors = {f"weight.{name}": p.detach() for name, p in weights.items()}
     for name, p in weights.items():
         tensors |= {f"{key}.{name}": value for key, value in optimizer.state[p].items() if key != "step"}
+    tensors = gathered(tensors.items()) if WORLD > 1 else tensors
+    if RANK:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: t.contiguous() for k, t in tensors.items()}, f"{path}.tmp", metadata={"step": str(step)})
     os.replace(f"{path}.tmp", path)
@@ -290,9 +343,11 @@ def load_checkpoint(path, weights, optimizer, steps):
             step, tensors = int(file.metadata()["step"]), {key: file.get_tensor(key) for key in file.keys()}
         with torch.no_grad():
             for name, p in weights.items():
-                p.copy_(tensors[f"weight.{name}"])
-                optimizer.state[p] = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[p]["step"] = torch.tensor(float(step), device=p.device)
+                state = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("weight", "exp_avg", "exp_avg_sq")}
+                if WORLD > 1:
+                    state = {key: distribute_tensor(t, p.device_mesh, p.placements) for key, t in state.items()}
+                p.copy_(state.pop("weight"))
+                optimizer.state[p] = state | {"step": torch.tensor(float(step), device=p.device)}
     except (SafetensorError, KeyError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"{path}: {reason}; expected our checkpoint; delete it to start over") from None
@@ -302,6 +357,7 @@ def load_checkpoint(path, weights, optimizer, steps):
 COLUMNS = "stage step loss nll dpo margin accuracy chosen rejected lr grad_norm tokens_per_s".split()
 
 
+@first_only
 def write_log(path, stage, step, log, lr, norm, seconds):
     """One line of metrics.csv; see the README for what each column means."""
     row = dict(log, stage=stage, step=step, lr=lr, grad_norm=norm, tokens_per_s=log["tokens"] / seconds)
@@ -313,6 +369,7 @@ def write_log(path, stage, step, log, lr, norm, seconds):
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
+@first_only
 def cut_log(path, stage, start):
     """Drop the lines of steps that a resumed stage does again."""
     if Path(path).exists():

@@ -174,7 +174,7 @@ def test_out_of_memory_halves_the_slots(monkeypatch, capsys):
     assert asked == [None, 8, 4, 2] and capsys.readouterr().err.count("\n") == 3
     monkeypatch.setattr(rollout, "generate", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        policy.generate(prompts)
+        policy.generate(prompts, max_new_tokens=4)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), RuntimeError("alloc_cpu: can't allocate memory")])
