@@ -22,7 +22,7 @@ BUDGETS = {  # sizes of all arms, sizes of SFT alone, rates beside the main one 
     "smoke": dict(sizes=[16, 32], more=[], rates={}, seeds=1, pass_at=0, grid=(0.1, 0.2), flags=dict(
         test=12, val=8, samples=4, rollouts=2, negatives=2)),
     "cpu": dict(sizes=[50, 100, 200, 400, 800, 1600], more=[3200, 6400, 12800], seeds=3, pass_at=5, flags={},
-                grid=(0.5, 1, 2), rates={0.0: [100, 200, 400, 800], 0.4: [100, 200, 400, 800]}),
+                grid=(0.5, 1, 2), rates={r: [100, 200, 400, 800] for r in (0.0, 0.1, 0.4)}),
     "gpu": dict(sizes=[50, 100, 200, 400, 800, 1600, 3200], more=[6400, 12800, 25600], seeds=5, pass_at=5, flags={},
                 grid=(0.5, 1, 2), rates={r: [50, 100, 200, 400, 800, 1600] for r in (0.0, 0.1, 0.3, 0.4)}),
 }  # fmt: skip
@@ -139,16 +139,17 @@ def panel(axis, rate, arms):
     for name, arm in arms.items():
         sizes = list(arm["sizes"])
         errors = np.array([r["error"] for r in arm["sizes"].values()])
-        style = dict(color=COLOURS[name], label=LABELS[name])
+        label, read = LABELS[name], [(r["multiplier"][0], r["at_least"]) for r in list(arm["sizes"].values())
+                                     if "multiplier" in r]  # fmt: skip
         if name == "sft-long":
-            axis.plot(sizes, errors[:, 0], "x", **style)
+            axis.plot(sizes, errors[:, 0], "x", color=COLOURS[name], label=label)
             continue
-        axis.plot(sizes, errors[:, 0], "o-", ms=3, lw=1.5, **style)
+        if read:  # what the arm's data is worth to SFT, at the size where that is least and where it is most
+            (least, _), (most, bound) = min(read), max(read)
+            label += f": {least:.1f}x to {'≥' if bound else ''}{most:.0f}x"
+        axis.plot(sizes, errors[:, 0], "o-", ms=3, lw=1.5, color=COLOURS[name], label=label)
         axis.fill_between(sizes, errors[:, 1], errors[:, 2], color=COLOURS[name], alpha=0.15, lw=0)
-        if "multiplier" in (last := arm["sizes"][sizes[-1]]):
-            m = f"{'≥' if last['at_least'] else ''}{last['multiplier'][0]:.1f}x"
-            axis.annotate(m, (sizes[-1], errors[-1, 0]), (5, -3), textcoords="offset points", color=COLOURS[name])
-    axis.set(xscale="log", yscale="log", xlabel="training problems |D|", ylabel="test error (greedy)")
+    axis.set(xscale="log", yscale="log", ylim=(0.01, 1), xlabel="training problems |D|", ylabel="test error (greedy)")
     axis.set_title(f"spurious rate {rate}" + (" (control)" if rate == 0 else ""))
     axis.legend(frameon=False, fontsize=7)
 
