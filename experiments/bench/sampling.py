@@ -1,0 +1,140 @@
+"""Sampling speed beside transformers' `generate`: new tokens per second, alternating, in one run on one machine.
+
+    python experiments/bench/sampling.py --model SmolLM2-135M --data gsm8k_test.jsonl --peer-python peers/bin/python
+
+The peer runs under an interpreter of its own (requirements.txt beside this file); without it only this project is
+measured. "of limit" is the share of what the measured matrix rate and memory bandwidth allow: a token costs twice the
+weights in operations, its share of one reading of the weights, and one reading of its own keys and values.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from data import DEFAULT_PROMPT, read_problems
+from rollout import Policy, UsageError, entry, flag, load_policy, parse
+
+PEER = """
+import json, sys, time, torch, transformers
+job = json.load(sys.stdin)
+torch.set_num_threads(job["threads"])
+model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"]))
+longest = max(map(len, job["prompts"]))
+ids = torch.tensor([[0] * (longest - len(p)) + p for p in job["prompts"]]).repeat_interleave(job["n"], 0)
+mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in job["prompts"]]).repeat_interleave(job["n"], 0)
+how = dict(do_sample=True, temperature=0.7, top_k=0, top_p=1.0) if job["temperature"] else dict(do_sample=False)
+def run(new):  # speed: all tokens are made; greedy: the end of text ends
+    least = new if job["temperature"] else 0
+    return model.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=least, pad_token_id=job["eos"],
+                          eos_token_id=job["eos"], **how)
+run(2)
+began = time.monotonic()
+out = run(job["new"])
+print(json.dumps(dict(seconds=time.monotonic() - began, tokens=out[:, longest:].tolist()[:: job["n"]],
+                      version=transformers.__version__)))
+"""
+
+
+@dataclass
+class BenchConfig:
+    model: str = flag("", "Hugging Face folder")
+    data: str = flag("", "JSONL of problems, for the prompts")
+    peer_python: str = flag("", "interpreter with the peers installed; empty = this project alone")
+    threads: int = flag(2, "CPU threads", 1)
+    repeats: int = flag(3, "runs of each; the median counts", 1)
+    quick: int = flag(0, "1: 8 prompts x 2 samples x 16 tokens, one run")
+    prompt: str = flag(DEFAULT_PROMPT, "prompt format")
+    device: str = flag("cpu", "cpu")
+    dtype: str = flag("", "set by the bench")
+    slots: int = flag(0, "rows that decode together; 0 = as fits")
+
+
+def ours(job):
+    c = BenchConfig(dtype=job["dtype"], threads=job["threads"])
+    policy = load_policy(job["model"], c)
+    if job["temperature"]:
+        policy.tokenizer.eos_id = -1  # nothing ends: every sample makes all its tokens, as the peer's do
+    how = dict(temperature=0.7 if job["temperature"] else 0.0, max_new_tokens=job["new"])
+    Policy.generate(policy, job["prompts"], job["n"], **how | dict(max_new_tokens=2))
+    began = time.monotonic()
+    out = policy.generate(job["prompts"], job["n"], **how)
+    return dict(seconds=time.monotonic() - began, tokens=[samples[0] for samples in out], version=torch.__version__)
+
+
+def limits(dtype, threads):
+    """Measured matrix rate (operations a second) and memory bandwidth (bytes a second)."""
+    torch.set_num_threads(threads)
+    a, b = torch.randn(128, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    big = torch.ones(64 * 2**20)
+    rate, width = [], []
+    for _ in range(7):
+        began = time.monotonic()
+        for _ in range(20):
+            a @ b.T
+        rate.append(20 * 2 * 128 * 2048 * 2048 / (time.monotonic() - began))
+        began = time.monotonic()
+        big.sum()
+        width.append(big.numel() * 4 / (time.monotonic() - began))
+    return max(rate), max(width)
+
+
+def run(who, job, peer):
+    command = [peer, "-c", PEER] if who == "transformers" else [sys.executable, __file__, "--worker"]
+    environment = dict(os.environ, OMP_NUM_THREADS=str(job["threads"]), TRANSFORMERS_VERBOSITY="error")
+    done = subprocess.run(command, input=json.dumps(job), env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise UsageError(f"{who}: {done.stderr.strip().splitlines()[-1]}; expected it to run; see requirements.txt")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    if sys.argv[1:] == ["--worker"]:
+        print(json.dumps(ours(json.load(sys.stdin))))
+        return
+    c = parse(BenchConfig, __doc__)
+    count, n, new, repeats = (8, 2, 16, 1) if c.quick else (32, 4, 128, c.repeats)
+    c.dtype = "float32"
+    policy = load_policy(c.model, c)
+    prompts = [policy.prompt(p) for p in read_problems(c.data, count)]
+    m, weights = policy.model.config, sum(p.numel() for p in policy.model.parameters())
+    print(f"{len(prompts)} prompts x {n} samples x {new} tokens; {platform.processor() or platform.machine()}, "
+          f"{c.threads} threads; torch {torch.__version__}")  # fmt: skip
+    print(f"{'dtype':10}{'who':16}{'version':14}{'new tokens/s':>14}{'of limit':>10}{'ratio':>8}   same greedy tokens")
+    for name in ("bfloat16", "float32"):
+        size, (rate, width) = 2 if name == "bfloat16" else 4, limits(getattr(torch, name), c.threads)
+        context = sum(map(len, prompts)) / len(prompts) + new / 2
+        kept = 2 * m.n_layer * m.n_kv_head * m.head_dim * size * context
+        limit = 1 / (2 * weights / rate + (weights * size / (len(prompts) * n) + kept) / width)
+        job = dict(model=str(Path(c.model).resolve()), prompts=prompts, n=n, new=new, dtype=name, threads=c.threads,
+                   eos=policy.tokenizer.eos_id)  # fmt: skip
+        names = ["ours", "transformers"] if c.peer_python else ["ours"]
+        times, greedy, version = {who: [] for who in names}, {}, {}
+        for i in range(repeats):
+            for who in names if i % 2 == 0 else names[::-1]:
+                result = run(who, job | dict(temperature=1), c.peer_python)
+                times[who].append(len(prompts) * n * new / result["seconds"])
+                version[who] = result["version"]
+        for who in names:
+            greedy[who] = run(who, job | dict(temperature=0, n=1, new=min(new, 32)), c.peer_python)["tokens"]
+        speed = {who: statistics.median(times[who]) for who in names}
+        for who in names:
+            same = sum(a == b[: len(a)] and set(b[len(a) :]) <= {job["eos"]}
+                       for a, b in zip(greedy["ours"], greedy[who], strict=True)) if who != "ours" else ""  # fmt: skip
+            print(f"{name:10}{who:16}{version[who]:14}{speed[who]:14.0f}{speed[who] / limit:10.0%}"
+                  f"{speed['ours'] / speed[who]:8.2f}   {f'{same} of {len(prompts)} prompts' if same != '' else ''}",
+                  flush=True)  # fmt: skip
+    if not c.peer_python:
+        print("no peer: give --peer-python, an interpreter that has requirements.txt installed")
+
+
+if __name__ == "__main__":
+    entry(main)
