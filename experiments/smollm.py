@@ -23,7 +23,7 @@ BUDGETS = {
     "smoke": dict(sizes=[8, 16], seeds=1, arithmetic=dict(test_limit=12, steps=2, distractors=1, max_new_tokens=32),
                   file=dict(limit=8, test_limit=6, max_new_tokens=24), threads=1, dtype="float32"),
     "cpu": dict(sizes=[8, 16, 32, 64], seeds=1, arithmetic=dict(
-        test_limit=200, steps=2, distractors=1, max_new_tokens=48, eval_samples=0),
+        test_limit=100, steps=2, distractors=1, max_new_tokens=48, eval_samples=0),
         file=dict(limit=64, test_limit=100, max_new_tokens=128, eval_samples=5), threads=2, dtype="bfloat16"),
     "gpu": dict(sizes=[100, 200, 400, 800, 1600], seeds=3, arithmetic=dict(
         test_limit=1000, steps=4, distractors=2, max_new_tokens=96, eval_samples=5),
