@@ -58,8 +58,8 @@ def majority_right(texts, corrects, k):
 
 def mcnemar(a, b):
     """Two-sided exact p that policies a and b are equally good, from their verdicts on the same problems."""
-    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
-    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
+    only_a = sum(bool(x and not y) for x, y in zip(a, b, strict=True))  # bool: numpy's small integers would overflow
+    only_b = sum(bool(y and not x) for x, y in zip(a, b, strict=True))
     n, low = only_a + only_b, min(only_a, only_b)
     tail = sum(math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2))
                for i in range(low + 1))  # fmt: skip

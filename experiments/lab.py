@@ -173,7 +173,7 @@ def one(work, folder, key, shared):
 
 
 def bits(text):
-    return np.frombuffer(text.encode(), np.uint8) - 48
+    return np.frombuffer(text.encode(), np.uint8) == ord("1")
 
 
 def interval(draws, level=0.95):

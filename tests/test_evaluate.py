@@ -221,6 +221,12 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_mcnemar_of_numpy_verdicts():
+    """Counts that overflow, because verdicts came as numpy's 8-bit integers."""
+    a, b = np.array([1, 0] * 400, np.uint8), np.array([0, 1] * 300 + [1, 0] * 100, np.uint8)
+    assert mcnemar(a, b) == mcnemar(a.tolist(), b.tolist()) == 1.0
+
+
 def test_command_line(folder, monkeypatch, capsys):
     """Two policies on one folder of raw responses: the second gets the answers of the first."""
     flags = ["--data", folder / "p.jsonl", "--out", folder / "o", "--max-new-tokens", 6, "--threads", 1, "--samples", 2]
