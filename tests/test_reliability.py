@@ -196,9 +196,11 @@ SOLUTION = dict(ids=[5, 6, 0], text="x", ended=True, correct=False)
 
 
 @pytest.mark.parametrize("row", [
-    [], 3, None, dict(id="train-0-0"),
+    [], 3, None, dict(id="train-0-0"), dict(id=["train-0-0"], temperature=1, samples=[SOLUTION] * 2),
+    dict(id=0, temperature=1, samples=[SOLUTION] * 2),  # ids are text: a number would be nobody's row
     *(dict(id="train-0-0", temperature=1, samples=samples) for samples in (
-        None, [], [SOLUTION, 3], [SOLUTION, SOLUTION | {"correct": "yes"}],
+        None, [], [SOLUTION], [SOLUTION, 3], [SOLUTION] * 3, [SOLUTION, SOLUTION | {"correct": "yes"}],
+        [SOLUTION, SOLUTION | {"ids": []}], [SOLUTION, SOLUTION | {"ids": [5, 6]}],  # ended, but where?
         [SOLUTION, SOLUTION | {"ids": [10**9]}], [SOLUTION, SOLUTION | {"ids": [True]}],
         [SOLUTION, SOLUTION | {"ids": "5"}], [SOLUTION, dict(ids=[5], text="x", correct=True)]))])  # fmt: skip
 def test_rows_of_another_sampler_are_checked(tmp_path, row):
@@ -207,12 +209,44 @@ def test_rows_of_another_sampler_are_checked(tmp_path, row):
     problems, path = train.load_problems("arithmetic", "train", 1), tmp_path / "rollouts.jsonl"
     options = dict(n=2, max_new_tokens=4, temperature=1.0, seed=0)
     append_rows(path, [dict(id="train-0-0", temperature=1, samples=[SOLUTION, SOLUTION])])
+    path.write_bytes(path.read_bytes()[:-1])  # its last line is whole, and has no newline
     assert sample(policy, problems, path, **options)["train-0-0"]["samples"] == [SOLUTION, SOLUTION]
+    append_rows(path, [dict(id="train-0-0", temperature=1, samples=[SOLUTION, SOLUTION])])
+    with pytest.raises(ValueError, match="each id once"):
+        sample(policy, problems, path, **options)
     path.unlink()
     append_rows(path, [row])
     before = path.read_bytes()
     with pytest.raises(ValueError, match="rollouts.jsonl") as error:
         sample(policy, problems, path, **options)
+    assert "\n" not in str(error.value) and path.read_bytes() == before
+
+
+VALUED = dict(id="train-0-0", sample=0, correct=False, ids=[5, 6, 0], text="x", ends=[1, 3], values=[0.5, 0.5, 0.0],
+              best=[1.0, 1.0, 0.0], pit=2, right=[[7, 0]])  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [
+    dict(id=[1]), dict(sample={}), dict(correct=True), dict(correct="no"), dict(ids="56"), dict(ids=[5, 7, 0]),
+    dict(text=None), dict(ends=[]), dict(ends=[], values=[0.0], best=[0.0]), dict(ends=["1", 3]), dict(ends=[3, 3]),
+    dict(ends=[-1, 3]), dict(ends=[1, 2]), dict(values=[0.5, 0.0]), dict(values=[0.5, "0", 0.0]),
+    dict(values=[0.5, float("nan"), 0.0]), dict(values=[None, 0.5, 0.0]), dict(values=[0.5, 0.5, None]), dict(pit=0),
+    dict(pit=9), dict(pit="2"), dict(pit=1), dict(best=3), dict(right=5), dict(right=[5]), dict(right=[[10**9]]),
+    dict(right=[[]])])  # fmt: skip
+def test_rows_of_values_are_checked(tmp_path, change):
+    """A damaged row that ends in a traceback, or values of rollouts that have been replaced since, trained on."""
+    policy = rollout.load_policy(train.BASE, train.TrainConfig(threads=1, prompt="{question}\n"))
+    problems, path = {p.id: p for p in train.load_problems("arithmetic", "train", 1)}, tmp_path / "values.jsonl"
+    value = lambda: rollout.estimate_values(  # noqa: E731
+        policy, problems, {("train-0-0", 0): ([5, 6, 0], False, 0.5)}, path, k=2, scan="first", max_new_tokens=4,
+        temperature=1.0, seed=0)  # fmt: skip
+    append_rows(path, [VALUED, VALUED | {"id": "elsewhere"}])
+    assert value() == {("train-0-0", 0): VALUED}, "kept, and no more than was asked for"
+    path.unlink()
+    append_rows(path, [VALUED | change])
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="values.jsonl") as error:
+        value()
     assert "\n" not in str(error.value) and path.read_bytes() == before
 
 
