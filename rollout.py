@@ -94,7 +94,7 @@ def entry(main):
         together(main) if WORLD > 1 else main()
     except (ValueError, OSError, SafetensorError) as error:  # our own errors are ValueErrors of one line
         sys.exit(fail(" ".join(str(error).split())))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         sys.exit(fail("out of memory; lower --micro-tokens (or --slots), or set --gradient-checkpointing 1; "
@@ -106,7 +106,7 @@ def entry(main):
 
 def out_of_memory(error):
     """Whether this is what torch raises where memory runs out, on a GPU or on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def progress(name, unit, total, done):
@@ -217,7 +217,7 @@ def claim(config, path):
         file = open(path.parent / "lock", "a+")  # not closed: closing would unlock
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             raise UsageError(f"{path.parent}: {file.read().strip() or 'another process'} works here; expected a folder "
                              "for each process; wait for it, or choose another --out") from None  # fmt: skip
@@ -230,7 +230,7 @@ def claim(config, path):
     if path.exists():
         try:
             there = {} | json.loads(path.read_text("utf-8"))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise UsageError(f"{path}: not the JSON of a configuration; expected ours; choose another --out") from None
         key = next((key for key in mine if key not in free and there.get(key) != mine[key]), None)
         if key:
@@ -258,8 +258,12 @@ def load_policy(folder, config, train=False):
     small = sum(p.numel() for p in model.parameters()) < 5_000_000
     if device == "cpu":  # measured: a model this small gains nothing from a third core
         torch.set_num_threads(config.threads or min(2 if small else 64, max(1, (os.cpu_count() or 1) // WORLD)))
-    return Policy(model, Tokenizer.from_pretrained(folder), config.prompt, config.slots or None, dtype,
-                  4096 if small else 512)  # fmt: skip
+    tokenizer = Tokenizer.from_pretrained(folder)
+    tokenizer.vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
+    if tokenizer.eos_id >= tokenizer.vocab_size:
+        raise UsageError(f"{folder}: the end of text is token {tokenizer.eos_id}, but the model has "
+                         f"{tokenizer.vocab_size}; expected a tokenizer and weights of one model; restore them")
+    return Policy(model, tokenizer, config.prompt, config.slots or None, dtype, 4096 if small else 512)
 
 
 @dataclass
@@ -291,7 +295,7 @@ class Policy:
                 return gather(generate(self.model, share(prompts), n, max_new_tokens=budgets, slots=self.slots,
                                        stop_ids=[self.tokenizer.eos_id], vocab_size=self.tokenizer.vocab_size,
                                        stats=self.stats, **options))  # fmt: skip
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 rows = min(self.slots or 1024, n * len(prompts))
                 if not out_of_memory(error) or rows == 1:
                     raise
