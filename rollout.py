@@ -93,7 +93,8 @@ def entry(main):
     try:
         together(main) if WORLD > 1 else main()
     except (ValueError, OSError, SafetensorError) as error:  # our own errors are ValueErrors of one line
-        sys.exit(fail(" ".join(str(error).split())))
+        mend = "" if isinstance(error, ValueError) else "; mend that, and the same command goes on from here"
+        sys.exit(fail(" ".join(str(error).split()) + mend))
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -208,23 +209,32 @@ def provenance():
 LOCKS = {}  # {folder: the file that locks it}, open until this process ends: killed or not, the lock goes with it
 
 
-def claim(config, path):
-    """Lock the folder of `path` for this process and store the configuration with its results at `path`; refuse a
-    folder that another process works in, or that another configuration has begun to fill."""
+def lock(folder):
+    """Lock a folder for this process; refuse one that another process works in."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if RANK or folder.resolve() in LOCKS:
+        return
+    file = open(folder / "lock", "a+")  # not closed: closing would unlock
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UsageError(f"{folder}: {file.read().strip() or 'another process'} works here; expected a folder for each "
+                         "process; wait for it, or choose another --out") from None  # fmt: skip
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    LOCKS[folder.resolve()] = file
+
+
+def claim(config, path, problems=()):
+    """Lock the folder of `path` and store the configuration with its results at `path`; refuse a folder that another
+    configuration, or the same one on other problems, has begun to fill."""
     mine, path = asdict(config) | provenance(), Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if RANK == 0 and path.parent.resolve() not in LOCKS:
-        file = open(path.parent / "lock", "a+")  # not closed: closing would unlock
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UsageError(f"{path.parent}: {file.read().strip() or 'another process'} works here; expected a folder "
-                             "for each process; wait for it, or choose another --out") from None  # fmt: skip
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        LOCKS[path.parent.resolve()] = file
+    if problems:  # their file may have been changed since
+        mine["data_hash"] = hashlib.blake2b(repr(problems).encode(), digest_size=8).hexdigest()
+    lock(path.parent)
     # what changes no result that is already there:
     free = {"mode", "rounds", "explain", "out", "slots", "device", "threads", "save_seconds", *provenance()}
     if path.exists():
@@ -768,7 +778,7 @@ def main():
     if not problems:
         raise UsageError("no problems; expected --limit of at least 1 for a built-in task; raise it")
     policy.prompt(problems[0])  # a wrong prompt format fails here, before anything is written
-    claim(c, out / "rollout_config.json")
+    claim(c, out / "rollout_config.json", problems)
     drawing = dict(max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed)
     rollouts = sample(policy, problems, out / "rollouts.jsonl", n=c.samples, **drawing)
     verdicts = [s["correct"] for p in problems for s in rollouts[p.id]["samples"]]

@@ -3,6 +3,7 @@
     python tests/test_reliability.py FOLDER KILLS SEED      # the kill test alone, with as many kills as you like
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import evaluate
 import rollout
 import train
 from rollout import append_rows, entry, sample
@@ -129,7 +131,7 @@ def test_a_full_disk_costs_nothing(tmp_path):
         log = tmp_path / f"log{limit}"
         log.write_text("")
         assert finish(fork(*flags, tmp_path / "x", before=full, out=log)) == 2, limit
-        one_line(log)
+        assert "the same command goes on" in one_line(log)
     assert finish(fork(*flags, tmp_path / "x", out=tmp_path / "last")) == 0, (tmp_path / "last").read_text()
     assert artifacts(tmp_path / "x") == artifacts(tmp_path / "calm")
 
@@ -151,6 +153,73 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
         train.load_checkpoint(tmp_path / "x" / "sft" / "checkpoint.safetensors", weights, None, 1000)
     with train.safe_open(tmp_path / "x" / "sft" / "checkpoint.safetensors", framework="pt") as file:
         assert int(file.metadata()["step"]) == steps
+
+
+def test_ctrl_c_twice_stops_at_once(capsys):
+    """A step of minutes that cannot be stopped but by SIGKILL."""
+    with pytest.raises(KeyboardInterrupt), train.interrupts_held() as held:
+        signal.raise_signal(signal.SIGINT)
+        assert held and "once more" in capsys.readouterr().err
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("went on")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_folder_of_other_problems(tmp_path):
+    """Samples of the old problems under the ids of the new ones, when the file behind --data has been changed."""
+    problems = [dict(question=p.question, answer=p.solution) for p in train.load_problems("arithmetic", "train", 20)]
+    flags = [*TINY, "--mode", "sft", "--limit", 0, "--test-limit", 0, "--eval-samples", 0, "--prompt", "{question}\n",
+             "--data", tmp_path / "p.jsonl", "--model", train.BASE, "--out", tmp_path / "x"]  # fmt: skip
+    append_rows(tmp_path / "p.jsonl", problems)
+    assert finish(fork(*flags)) == 0
+    before = artifacts(tmp_path / "x")
+    problems[9]["question"] += " "  # of the test
+    rollout.write_rows(tmp_path / "p.jsonl", problems)
+    assert finish(fork(*flags, out=tmp_path / "log")) == 2 and artifacts(tmp_path / "x") == before
+    assert "data_hash" in one_line(tmp_path / "log") and "--out" in one_line(tmp_path / "log")
+
+
+def test_every_program_takes_the_lock(tmp_path, monkeypatch):
+    """A program that writes into a folder where another one works."""
+    with open(tmp_path / "lock", "a+") as file:
+        file.write("process 1 on here")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for main, flags in ((train.main, ["--mode", "base"]), (train.main, ["--mode", "sft"]),
+                            (rollout.main, ["--model", train.BASE, "--prompt", "{question}"]),
+                            (evaluate.main, ["--model", train.BASE])):  # fmt: skip
+            monkeypatch.setattr(sys, "argv", ["program", *map(str, flags), "--limit", "9", "--threads", "1", "--out", str(tmp_path)])
+            with pytest.raises(rollout.UsageError, match="process 1 on here works here"):
+                main()
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("damage", ["shape", "step", "no step", "moment", "cut"])
+def test_a_damaged_checkpoint(tmp_path, damage):
+    """A checkpoint of other shapes stretched over the weights, or met by torch in the middle of a step."""
+    weights, path = {"w": torch.zeros(4, 3, requires_grad=True)}, tmp_path / "checkpoint.safetensors"
+    optimizer = torch.optim.AdamW(weights.values())
+    weights["w"].grad = torch.ones(4, 3)
+    optimizer.step()
+    train.save_checkpoint(path, weights, optimizer, 7)
+    assert train.load_checkpoint(path, weights, optimizer, 9) == 7
+    tensors = {f"{key}.w": torch.ones(4, 3) for key in ("weight", "exp_avg", "exp_avg_sq")}
+    tensors |= dict(shape={"weight.w": torch.ones(1, 3)}, moment={"exp_avg.w": torch.ones(3, 4)}).get(damage, {})
+    metadata = {"step": "-3"} if damage == "step" else None if damage == "no step" else {"step": "7"}
+    train.save_file(tensors, path, metadata=metadata)
+    path.write_bytes(path.read_bytes()[: -1 if damage == "cut" else None])
+    with pytest.raises(rollout.UsageError, match="checkpoint.safetensors.*delete it to start over"):
+        train.load_checkpoint(path, weights, optimizer, 9)
+    assert (weights["w"] != 1).all(), "refused before anything is overwritten"
+
+
+def test_a_damaged_log(tmp_path):
+    """A line of metrics.csv that was cut, or edited, in the way of all further training."""
+    path, whole = tmp_path / "metrics.csv", ["sft", "1", *"0" * 10]
+    for line in ("sft,x" + ",0" * 10, "sft,\u00b2" + ",0" * 10, "\0" * 200_000 + ",1", '"sft,2', "sft,3,0.5"):
+        path.write_text("\n".join([",".join(train.COLUMNS), ",".join(whole), line]))
+        train.cut_log(path, "pos", 0)
+        assert path.read_text().splitlines() == [",".join(train.COLUMNS), ",".join(whole)]
 
 
 def test_out_of_memory_halves_the_slots(monkeypatch, capsys):
