@@ -297,10 +297,11 @@ def interrupts_held():
     held = []
 
     def hold(*_):
-        if held and WORLD == 1:  # torchrun sends a second one on its own
-            raise KeyboardInterrupt
+        if WORLD == 1:  # torchrun sends a second one on its own
+            if held:
+                raise KeyboardInterrupt
+            print("\nstopping after this step; once more to stop now", file=sys.stderr)
         held.append(True)
-        print("\nstopping after this step; once more to stop now", file=sys.stderr)
 
     before = signal.signal(signal.SIGINT, hold)
     try:

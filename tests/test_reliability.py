@@ -188,7 +188,8 @@ def test_every_program_takes_the_lock(tmp_path, monkeypatch):
         for main, flags in ((train.main, ["--mode", "base"]), (train.main, ["--mode", "sft"]),
                             (rollout.main, ["--model", train.BASE, "--prompt", "{question}"]),
                             (evaluate.main, ["--model", train.BASE])):  # fmt: skip
-            monkeypatch.setattr(sys, "argv", ["program", *map(str, flags), "--limit", "9", "--threads", "1", "--out", str(tmp_path)])
+            flags = ["program", *flags, "--limit", 9, "--threads", 1, "--out", tmp_path]
+            monkeypatch.setattr(sys, "argv", [str(flag) for flag in flags])
             with pytest.raises(rollout.UsageError, match="process 1 on here works here"):
                 main()
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
