@@ -379,7 +379,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer, eos_id, config=None):
         self.tokenizer, self.eos_id, self.config = tokenizer, eos_id, config or {}
-        self.vocab_size = tokenizer.get_vocab_size()  # added tokens included
+        self.vocab_size = 1 + max(tokenizer.get_vocab().values(), default=-1)  # added tokens included; may have gaps
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -389,12 +389,12 @@ class Tokenizer:
         try:
             path = folder / "tokenizer.json"
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
             for path in (folder / "config.json", folder / "generation_config.json", folder / "tokenizer_config.json"):
                 configs.append({} | json.loads(path.read_text("utf-8")) if path.exists() else {})
-        except Exception as error:  # the library raises plain Exception; a TypeError is JSON without an object
-            raise DataError(f"{path}:1: {error}; expected a fast tokenizer, JSON objects; restore the file") from None
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
+        except BaseException as error:
+            raise _ours(error, path) from None
         name = configs[2].get("eos_token")
         names = [name.get("content") if isinstance(name, dict) else name, *USUAL_EOS]
         found = [i[0] if isinstance(i, list) and i else i for i in (c.get("eos_token_id") for c in configs[:2])]
@@ -413,10 +413,26 @@ class Tokenizer:
         (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), "utf-8")
 
     def encode(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        except BaseException as error:
+            raise _ours(error) from None
+        if max(ids, default=0) >= self.vocab_size:
+            raise DataError(f"token {max(ids)} in {text!r:.60}, but the model has {self.vocab_size}; expected "
+                            "a tokenizer and weights of one model; restore them")  # fmt: skip
+        return ids
 
     def decode(self, ids, skip_special_tokens=False):
-        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        try:
+            return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        except BaseException as error:
+            raise _ours(error) from None
+
+
+def _ours(error, path="tokenizer.json"):
+    """The error for a broken tokenizer: its library raises plain Exceptions, and panics, which are not even those."""
+    text = f"{path}:1: {error}; expected a fast tokenizer, JSON objects; restore the file"
+    return error if isinstance(error, KeyboardInterrupt) else DataError(" ".join(text.split()))
 
 
 # --- The built-in tasks: word problems whose every step has a known truth, and the paper's star graph ---

@@ -222,7 +222,7 @@ def main():
     policies["model"].prompt(problems[0])  # a wrong prompt format fails here, before anything is written
     if c.explain >= len(problems):
         raise UsageError(f"--explain {c.explain}; expected less than {len(problems)}, the problems; lower it")
-    claim(c, out / "config.json")
+    claim(c, out / "config.json", problems)
     if c.explain >= 0:
         before, after = (*policies.values(), None)[:2]
         print(explain(problems[c.explain], before, after, out, k=c.values or 16, samples=c.samples or 16,

@@ -93,8 +93,9 @@ def entry(main):
     try:
         together(main) if WORLD > 1 else main()
     except (ValueError, OSError, SafetensorError) as error:  # our own errors are ValueErrors of one line
-        sys.exit(fail(" ".join(str(error).split())))
-    except RuntimeError as error:
+        mend = "" if isinstance(error, ValueError) else "; mend that, and the same command goes on from here"
+        sys.exit(fail(" ".join(str(error).split()) + mend))
+    except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         sys.exit(fail("out of memory; lower --micro-tokens (or --slots), or set --gradient-checkpointing 1; "
@@ -106,7 +107,7 @@ def entry(main):
 
 def out_of_memory(error):
     """Whether this is what torch raises where memory runs out, on a GPU or on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def progress(name, unit, total, done):
@@ -152,22 +153,23 @@ def first_only(write):
     return write if RANK == 0 else lambda *arguments, **options: None
 
 
-def read_rows(path, keys=("id",)):
-    """The rows of a JSONL file of ours, each with `keys`; a last line cut short by a crash is taken off the file."""
-    path, rows, good = Path(path), [], 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+def read_rows(path, kinds=None):
+    """The rows of a JSONL file of ours, `kinds` {key: type} in each; a last line cut short by a crash is taken off."""
+    path, rows, kinds = Path(path), [], kinds or {"id": (str, int)}
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]  # not splitlines: it also splits at \r
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        if not line.endswith(b"\n"):  # only a last line can end so
-            if RANK == 0:
-                os.truncate(path, good)
-            break
-        good += len(line)
-        rows.append(row)
-        if not isinstance(row, dict) or not set(keys) <= set(row):
-            raise DataError(f"{path}:{len(rows)}: not JSON with {', '.join(keys)}; expected our rows; delete the line")
+        fits = isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
+        if not fits and number < len(lines):
+            raise DataError(f"{path}:{number}: not JSON with {', '.join(kinds)}; expected our rows; delete the line")
+        rows += [row] * fits
+    if lines[-1] and RANK == 0:
+        with open(path, "r+b") as file:  # another program may end a whole row without a newline: it stays
+            file.truncate(file.seek(0 if fits else -len(lines[-1]), os.SEEK_END))
+            file.write(b"\n" * fits)
     return rows
 
 
@@ -207,29 +209,38 @@ def provenance():
 LOCKS = {}  # {folder: the file that locks it}, open until this process ends: killed or not, the lock goes with it
 
 
-def claim(config, path):
-    """Lock the folder of `path` for this process and store the configuration with its results at `path`; refuse a
-    folder that another process works in, or that another configuration has begun to fill."""
+def lock(folder):
+    """Lock a folder for this process; refuse one that another process works in."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if RANK or folder.resolve() in LOCKS:
+        return
+    file = open(folder / "lock", "a+")  # not closed: closing would unlock
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UsageError(f"{folder}: {file.read().strip() or 'another process'} works here; expected a folder for each "
+                         "process; wait for it, or choose another --out") from None  # fmt: skip
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    LOCKS[folder.resolve()] = file
+
+
+def claim(config, path, problems=()):
+    """Lock the folder of `path` and store the configuration with its results at `path`; refuse a folder that another
+    configuration, or the same one on other problems, has begun to fill."""
     mine, path = asdict(config) | provenance(), Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if RANK == 0 and path.parent.resolve() not in LOCKS:
-        file = open(path.parent / "lock", "a+")  # not closed: closing would unlock
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise UsageError(f"{path.parent}: {file.read().strip() or 'another process'} works here; expected a folder "
-                             "for each process; wait for it, or choose another --out") from None  # fmt: skip
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        LOCKS[path.parent.resolve()] = file
+    if problems:  # their file may have been changed since
+        mine["data_hash"] = hashlib.blake2b(repr(problems).encode(), digest_size=8).hexdigest()
+    lock(path.parent)
     # what changes no result that is already there:
     free = {"mode", "rounds", "explain", "out", "slots", "device", "threads", "save_seconds", *provenance()}
     if path.exists():
         try:
             there = {} | json.loads(path.read_text("utf-8"))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise UsageError(f"{path}: not the JSON of a configuration; expected ours; choose another --out") from None
         key = next((key for key in mine if key not in free and there.get(key) != mine[key]), None)
         if key:
@@ -257,8 +268,12 @@ def load_policy(folder, config, train=False):
     small = sum(p.numel() for p in model.parameters()) < 5_000_000
     if device == "cpu":  # measured: a model this small gains nothing from a third core
         torch.set_num_threads(config.threads or min(2 if small else 64, max(1, (os.cpu_count() or 1) // WORLD)))
-    return Policy(model, Tokenizer.from_pretrained(folder), config.prompt, config.slots or None, dtype,
-                  4096 if small else 512)  # fmt: skip
+    tokenizer = Tokenizer.from_pretrained(folder)
+    tokenizer.vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
+    if tokenizer.eos_id >= tokenizer.vocab_size:
+        raise UsageError(f"{folder}: the end of text is token {tokenizer.eos_id}, but the model has "
+                         f"{tokenizer.vocab_size}; expected a tokenizer and weights of one model; restore them")
+    return Policy(model, tokenizer, config.prompt, config.slots or None, dtype, 4096 if small else 512)
 
 
 @dataclass
@@ -290,7 +305,7 @@ class Policy:
                 return gather(generate(self.model, share(prompts), n, max_new_tokens=budgets, slots=self.slots,
                                        stop_ids=[self.tokenizer.eos_id], vocab_size=self.tokenizer.vocab_size,
                                        stats=self.stats, **options))  # fmt: skip
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 rows = min(self.slots or 1024, n * len(prompts))
                 if not out_of_memory(error) or rows == 1:
                     raise
@@ -498,9 +513,10 @@ def sample(policy, problems, path, *, n, max_new_tokens, temperature, seed):
 
     A row: {id, temperature, samples: [{ids, text, ended, correct}, ...]}. Returns {problem id: row}.
     """
-    rows = {row["id"]: row for row in read_rows(path, ("id", "temperature", "samples"))}
-    for row in rows.values():  # another sampler may have written them
-        need_samples(path, row, policy.tokenizer.vocab_size)
+    rows = {}
+    for row in read_rows(path, dict(id=str, temperature=(int, float), samples=list)):
+        need_samples(path, row, rows, n, policy.tokenizer)  # another sampler may have written them
+        rows[row["id"]] = row
     todo = [p for p in problems if p.id not in rows]
     bar = progress("sample", "problem", len(problems), len(problems) - len(todo))
     size = max(1, policy.portion * WORLD // n)
@@ -519,15 +535,20 @@ def sample(policy, problems, path, *, n, max_new_tokens, temperature, seed):
     return rows
 
 
-def need_samples(path, row, vocab_size):
-    """Refuse a row of rollouts.jsonl that the stages behind could not use."""
-    samples, kinds = row["samples"], dict(ids=list, text=str, ended=bool, correct=bool)
-    good = isinstance(samples, list) and samples and all(
-        isinstance(s, dict) and all(isinstance(s.get(key), kind) for key, kind in kinds.items())
-        and all(type(i) is int and 0 <= i < vocab_size for i in s["ids"]) for s in samples)  # fmt: skip
+def are_ids(ids, vocab_size):
+    return isinstance(ids, list) and len(ids) > 0 and all(type(i) is int and 0 <= i < vocab_size for i in ids)
+
+
+def need_samples(path, row, rows, n, tokenizer):
+    """Refuse a row of rollouts.jsonl that the stages behind could not use, or that is there already."""
+    good = row["id"] not in rows and len(row["samples"]) == n and all(
+        isinstance(s, dict) and are_ids(s.get("ids"), tokenizer.vocab_size) and isinstance(s.get("text"), str)
+        and isinstance(s.get("correct"), bool) and s.get("ended") is (s["ids"][-1] == tokenizer.eos_id)
+        for s in row["samples"])  # fmt: skip
     if not good:
-        raise DataError(f"{path}: row {row['id']!r:.80}: expected samples, each with ids below {vocab_size}, text, "
-                        "ended and correct (true or false); correct the row or delete it")  # fmt: skip
+        raise DataError(f"{path}: row {row['id']!r:.80}: expected each id once, with {n} samples of ids (below "
+                        f"{tokenizer.vocab_size}), text, correct, and ended: true just where the last id is "
+                        f"{tokenizer.eos_id}, the end of text; correct the row or delete it")  # fmt: skip
 
 
 def unique(solutions):
@@ -604,6 +625,22 @@ def probe(scan, values):
     return [(good + zero) // 2 if scan == "bisect" else good + 1]
 
 
+def need_values(path, row, solution, scan, policy):
+    """A row of values.jsonl, if it is of this solution and whole: its rollouts may be of another file by now."""
+    (ids, correct, _), ends, values = solution, row["ends"], row["values"]
+    gaps = scan != "full" and not correct  # steps that were not looked at
+    good = (
+        row["ids"] == list(ids) and row["correct"] is correct and len(values) == len(row["best"]) == len(ends) + 1
+        and all(type(end) is int for end in ends) and [0, *ends] == sorted({0, *ends}) and ends[-1:] == [len(ids)]
+        and all(type(v) in (int, float) and 0 <= v <= 1 or v is None and gaps for v in values)
+        and None not in (values[0], values[-1]) and row["pit"] == first_pit(values)
+        and all(are_ids(way, policy.tokenizer.vocab_size) for way in row["right"]))  # fmt: skip
+    if not good:
+        raise DataError(f"{path}: row {row['id']!r:.80}, sample {row['sample']}: expected the steps, values and pit of "
+                        "that solution in rollouts.jsonl; delete the row, and it is made again")  # fmt: skip
+    return row
+
+
 def estimate_values(policy, problems, solutions, path, *, k, scan, max_new_tokens, temperature, seed):
     """Monte Carlo values of the steps of `solutions`, rows of the JSONL file `path`; solutions already there are kept.
 
@@ -617,8 +654,10 @@ def estimate_values(policy, problems, solutions, path, *, k, scan, max_new_token
     at a time up to the first right one. The pit is that of `first`, rollout by rollout; a Q above 0 is then the share
     of those drawn, too high on average, and there are fewer right continuations to choose from.
     """
-    keys = ("id", "sample", "correct", "ids", "text", "ends", "values", "best", "pit", "right")
-    rows = {(row["id"], row["sample"]): row for row in read_rows(path, keys)}
+    kinds = dict(id=str, sample=int, correct=bool, ids=list, text=str, ends=list, values=list, best=list, pit=int,
+                 right=list)  # fmt: skip
+    there = {(row["id"], row["sample"]): row for row in read_rows(path, kinds)}
+    rows = {key: need_values(path, there[key], solutions[key], scan, policy) for key in solutions if key in there}
     todo = [key for key in solutions if key not in rows]
     bar = progress("values", "solution", len(solutions), len(solutions) - len(todo))
     size = max(1, policy.portion * WORLD // k)
@@ -739,7 +778,7 @@ def main():
     if not problems:
         raise UsageError("no problems; expected --limit of at least 1 for a built-in task; raise it")
     policy.prompt(problems[0])  # a wrong prompt format fails here, before anything is written
-    claim(c, out / "rollout_config.json")
+    claim(c, out / "rollout_config.json", problems)
     drawing = dict(max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed)
     rollouts = sample(policy, problems, out / "rollouts.jsonl", n=c.samples, **drawing)
     verdicts = [s["correct"] for p in problems for s in rollouts[p.id]["samples"]]

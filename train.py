@@ -28,6 +28,7 @@ import itertools
 import math
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ from data import DEFAULT_PROMPT, builtin_tokenizer, load_problems
 from evaluate import evaluate, pit_report, table
 from model import GPT, Config
 from rollout import RANK, WORLD, Policy, UsageError, advantages, claim, entry, estimate_values, first_only, flag
-from rollout import gather, load_policy, make_pairs, parse, progress, sample, select_diverse, share, to_value
+from rollout import gather, load_policy, lock, make_pairs, parse, progress, sample, select_diverse, share, to_value
 from rollout import write_json, write_rows
 
 # ---------------------------------------------------------------- losses
@@ -265,7 +266,8 @@ def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=Non
                 last = checkpoint_path if checkpoint_path.exists() else "none yet"
                 raise UsageError(
                     f"{name}: loss {log['loss']}, gradient norm {norm} in step {step}, on problems "
-                    f"{', '.join(sorted(set(ids)))}; last good checkpoint: {last}; lower --lr")  # fmt: skip
+                    f"{', '.join(sorted(set(ids)))}; last good checkpoint: {last}; lower --lr or --neg-lr, in "
+                    "another --out")  # fmt: skip
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr, c.warmup)
             optimizer.step()
@@ -292,7 +294,16 @@ def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=Non
 @contextmanager
 def interrupts_held():
     """Ctrl-C waits for the end of a step, where everything can be saved: yields a list that then is not empty."""
-    held, before = [], signal.signal(signal.SIGINT, lambda *signal: held.append(signal))
+    held = []
+
+    def hold(*_):
+        if WORLD == 1:  # torchrun sends a second one on its own
+            if held:
+                raise KeyboardInterrupt
+            print("\nstopping after this step; once more to stop now", file=sys.stderr)
+        held.append(True)
+
+    before = signal.signal(signal.SIGINT, hold)
     try:
         yield held
     finally:
@@ -344,11 +355,13 @@ def load_checkpoint(path, weights, optimizer, steps):
         with torch.no_grad():
             for name, p in weights.items():
                 state = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("weight", "exp_avg", "exp_avg_sq")}
+                if step < 1 or any(t.shape != p.shape for t in state.values()):  # copy_ would stretch it
+                    raise TypeError(f"step {step}, or a shape of {name}, is not of this run")
                 if WORLD > 1:
                     state = {key: distribute_tensor(t, p.device_mesh, p.placements) for key, t in state.items()}
                 p.copy_(state.pop("weight"))
                 optimizer.state[p] = state | {"step": torch.tensor(float(step), device=p.device)}
-    except (SafetensorError, KeyError, RuntimeError, TypeError) as error:
+    except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"{path}: {reason}; expected our checkpoint; delete it to start over") from None
     return min(step, steps)
@@ -373,9 +386,9 @@ def write_log(path, stage, step, log, lr, norm, seconds):
 def cut_log(path, stage, start):
     """Drop the lines of steps that a resumed stage does again."""
     if Path(path).exists():
-        with open(path, newline="") as file:
-            rows = [r for r in csv.reader(file)][1:]
-        keep = [r for r in rows if len(r) == len(COLUMNS) and (r[0] != stage or int(r[1]) < start)]
+        rows = [line.split(",") for line in Path(path).read_text("utf-8", errors="replace").splitlines()][1:]
+        rows = [r for r in rows if len(r) == len(COLUMNS) and r[1].isdecimal()]  # not the last one, if it was cut
+        keep = [r for r in rows if r[0] != stage or int(r[1]) < start]
         with open(f"{path}.tmp", "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *keep])
         os.replace(f"{path}.tmp", path)
@@ -488,6 +501,7 @@ def resolve(c):
 def make_base(c):
     """Pretrain the start of the built-in tasks: clean solutions of problems shorter than the task's, so that it knows
     the words and the sums but not yet the task. About four minutes on two cores; experiments/base holds the result."""
+    lock(c.out)
     torch.manual_seed(c.seed)
     torch.set_num_threads(c.threads or 2)
     tokenizer = builtin_tokenizer()
@@ -515,7 +529,7 @@ def run(c):
     if not test:
         raise UsageError(f"{c.data}: no test problems; expected ten problems at least, or --test-data; name a file")
     teacher = [example(policy, p, policy.tokenizer.encode(p.solution) + [policy.tokenizer.eos_id]) for p in train]
-    claim(c, out / "config.json")
+    claim(c, out / "config.json", train + test)
     for name, problems in (("data", train), ("test", test)):  # as drawn: the run can be read without its source
         write_rows(out / f"{name}.jsonl", [asdict(p) for p in problems])
     log, by_id = out / "metrics.csv", {p.id: p for p in train}

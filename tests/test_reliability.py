@@ -3,6 +3,7 @@
     python tests/test_reliability.py FOLDER KILLS SEED      # the kill test alone, with as many kills as you like
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import evaluate
 import rollout
 import train
 from rollout import append_rows, entry, sample
@@ -129,7 +131,7 @@ def test_a_full_disk_costs_nothing(tmp_path):
         log = tmp_path / f"log{limit}"
         log.write_text("")
         assert finish(fork(*flags, tmp_path / "x", before=full, out=log)) == 2, limit
-        one_line(log)
+        assert "the same command goes on" in one_line(log)
     assert finish(fork(*flags, tmp_path / "x", out=tmp_path / "last")) == 0, (tmp_path / "last").read_text()
     assert artifacts(tmp_path / "x") == artifacts(tmp_path / "calm")
 
@@ -151,6 +153,74 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
         train.load_checkpoint(tmp_path / "x" / "sft" / "checkpoint.safetensors", weights, None, 1000)
     with train.safe_open(tmp_path / "x" / "sft" / "checkpoint.safetensors", framework="pt") as file:
         assert int(file.metadata()["step"]) == steps
+
+
+def test_ctrl_c_twice_stops_at_once(capsys):
+    """A step of minutes that cannot be stopped but by SIGKILL."""
+    with pytest.raises(KeyboardInterrupt), train.interrupts_held() as held:
+        signal.raise_signal(signal.SIGINT)
+        assert held and "once more" in capsys.readouterr().err
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("went on")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_folder_of_other_problems(tmp_path):
+    """Samples of the old problems under the ids of the new ones, when the file behind --data has been changed."""
+    problems = [dict(question=p.question, answer=p.solution) for p in train.load_problems("arithmetic", "train", 20)]
+    flags = [*TINY, "--mode", "sft", "--limit", 0, "--test-limit", 0, "--eval-samples", 0, "--prompt", "{question}\n",
+             "--data", tmp_path / "p.jsonl", "--model", train.BASE, "--out", tmp_path / "x"]  # fmt: skip
+    append_rows(tmp_path / "p.jsonl", problems)
+    assert finish(fork(*flags)) == 0
+    before = artifacts(tmp_path / "x")
+    problems[9]["question"] += " "  # of the test
+    rollout.write_rows(tmp_path / "p.jsonl", problems)
+    assert finish(fork(*flags, out=tmp_path / "log")) == 2 and artifacts(tmp_path / "x") == before
+    assert "data_hash" in one_line(tmp_path / "log") and "--out" in one_line(tmp_path / "log")
+
+
+def test_every_program_takes_the_lock(tmp_path, monkeypatch):
+    """A program that writes into a folder where another one works."""
+    with open(tmp_path / "lock", "a+") as file:
+        file.write("process 1 on here")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for main, flags in ((train.main, ["--mode", "base"]), (train.main, ["--mode", "sft"]),
+                            (rollout.main, ["--model", train.BASE, "--prompt", "{question}"]),
+                            (evaluate.main, ["--model", train.BASE])):  # fmt: skip
+            flags = ["program", *flags, "--limit", 9, "--threads", 1, "--out", tmp_path]
+            monkeypatch.setattr(sys, "argv", [str(flag) for flag in flags])
+            with pytest.raises(rollout.UsageError, match="process 1 on here works here"):
+                main()
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("damage", ["shape", "step", "no step", "moment", "cut"])
+def test_a_damaged_checkpoint(tmp_path, damage):
+    """A checkpoint of other shapes stretched over the weights, or met by torch in the middle of a step."""
+    weights, path = {"w": torch.zeros(4, 3, requires_grad=True)}, tmp_path / "checkpoint.safetensors"
+    optimizer = torch.optim.AdamW(weights.values())
+    weights["w"].grad = torch.ones(4, 3)
+    optimizer.step()
+    train.save_checkpoint(path, weights, optimizer, 7)
+    assert train.load_checkpoint(path, weights, optimizer, 9) == 7
+    tensors = {f"{key}.w": torch.ones(4, 3) for key in ("weight", "exp_avg", "exp_avg_sq")}
+    tensors |= dict(shape={"weight.w": torch.ones(1, 3)}, moment={"exp_avg.w": torch.ones(3, 4)}).get(damage, {})
+    metadata = {"step": "-3"} if damage == "step" else None if damage == "no step" else {"step": "7"}
+    train.save_file(tensors, path, metadata=metadata)
+    path.write_bytes(path.read_bytes()[: -1 if damage == "cut" else None])
+    with pytest.raises(rollout.UsageError, match="checkpoint.safetensors.*delete it to start over"):
+        train.load_checkpoint(path, weights, optimizer, 9)
+    assert (weights["w"] != 1).all(), "refused before anything is overwritten"
+
+
+def test_a_damaged_log(tmp_path):
+    """A line of metrics.csv that was cut, or edited, in the way of all further training."""
+    path, whole = tmp_path / "metrics.csv", ["sft", "1", *"0" * 10]
+    for line in ("sft,x" + ",0" * 10, "sft,\u00b2" + ",0" * 10, "\0" * 200_000 + ",1", '"sft,2', "sft,3,0.5"):
+        path.write_text("\n".join([",".join(train.COLUMNS), ",".join(whole), line]))
+        train.cut_log(path, "pos", 0)
+        assert path.read_text().splitlines() == [",".join(train.COLUMNS), ",".join(whole)]
 
 
 def test_out_of_memory_halves_the_slots(monkeypatch, capsys):
@@ -196,9 +266,11 @@ SOLUTION = dict(ids=[5, 6, 0], text="x", ended=True, correct=False)
 
 
 @pytest.mark.parametrize("row", [
-    [], 3, None, dict(id="train-0-0"),
+    [], 3, None, dict(id="train-0-0"), dict(id=["train-0-0"], temperature=1, samples=[SOLUTION] * 2),
+    dict(id=0, temperature=1, samples=[SOLUTION] * 2),  # ids are text: a number would be nobody's row
     *(dict(id="train-0-0", temperature=1, samples=samples) for samples in (
-        None, [], [SOLUTION, 3], [SOLUTION, SOLUTION | {"correct": "yes"}],
+        None, [], [SOLUTION], [SOLUTION, 3], [SOLUTION] * 3, [SOLUTION, SOLUTION | {"correct": "yes"}],
+        [SOLUTION, SOLUTION | {"ids": []}], [SOLUTION, SOLUTION | {"ids": [5, 6]}],  # ended, but where?
         [SOLUTION, SOLUTION | {"ids": [10**9]}], [SOLUTION, SOLUTION | {"ids": [True]}],
         [SOLUTION, SOLUTION | {"ids": "5"}], [SOLUTION, dict(ids=[5], text="x", correct=True)]))])  # fmt: skip
 def test_rows_of_another_sampler_are_checked(tmp_path, row):
@@ -207,12 +279,44 @@ def test_rows_of_another_sampler_are_checked(tmp_path, row):
     problems, path = train.load_problems("arithmetic", "train", 1), tmp_path / "rollouts.jsonl"
     options = dict(n=2, max_new_tokens=4, temperature=1.0, seed=0)
     append_rows(path, [dict(id="train-0-0", temperature=1, samples=[SOLUTION, SOLUTION])])
+    path.write_bytes(path.read_bytes()[:-1])  # its last line is whole, and has no newline
     assert sample(policy, problems, path, **options)["train-0-0"]["samples"] == [SOLUTION, SOLUTION]
+    append_rows(path, [dict(id="train-0-0", temperature=1, samples=[SOLUTION, SOLUTION])])
+    with pytest.raises(ValueError, match="each id once"):
+        sample(policy, problems, path, **options)
     path.unlink()
     append_rows(path, [row])
     before = path.read_bytes()
     with pytest.raises(ValueError, match="rollouts.jsonl") as error:
         sample(policy, problems, path, **options)
+    assert "\n" not in str(error.value) and path.read_bytes() == before
+
+
+VALUED = dict(id="train-0-0", sample=0, correct=False, ids=[5, 6, 0], text="x", ends=[1, 3], values=[0.5, 0.5, 0.0],
+              best=[1.0, 1.0, 0.0], pit=2, right=[[7, 0]])  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [
+    dict(id=[1]), dict(sample={}), dict(correct=True), dict(correct="no"), dict(ids="56"), dict(ids=[5, 7, 0]),
+    dict(text=None), dict(ends=[]), dict(ends=[], values=[0.0], best=[0.0]), dict(ends=["1", 3]), dict(ends=[3, 3]),
+    dict(ends=[-1, 3]), dict(ends=[1, 2]), dict(values=[0.5, 0.0]), dict(values=[0.5, "0", 0.0]),
+    dict(values=[0.5, float("nan"), 0.0]), dict(values=[None, 0.5, 0.0]), dict(values=[0.5, 0.5, None]), dict(pit=0),
+    dict(pit=9), dict(pit="2"), dict(pit=1), dict(best=3), dict(right=5), dict(right=[5]), dict(right=[[10**9]]),
+    dict(right=[[]])])  # fmt: skip
+def test_rows_of_values_are_checked(tmp_path, change):
+    """A damaged row that ends in a traceback, or values of rollouts that have been replaced since, trained on."""
+    policy = rollout.load_policy(train.BASE, train.TrainConfig(threads=1, prompt="{question}\n"))
+    problems, path = {p.id: p for p in train.load_problems("arithmetic", "train", 1)}, tmp_path / "values.jsonl"
+    value = lambda: rollout.estimate_values(  # noqa: E731
+        policy, problems, {("train-0-0", 0): ([5, 6, 0], False, 0.5)}, path, k=2, scan="first", max_new_tokens=4,
+        temperature=1.0, seed=0)  # fmt: skip
+    append_rows(path, [VALUED, VALUED | {"id": "elsewhere"}])
+    assert value() == {("train-0-0", 0): VALUED}, "kept, and no more than was asked for"
+    path.unlink()
+    append_rows(path, [VALUED | change])
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="values.jsonl") as error:
+        value()
     assert "\n" not in str(error.value) and path.read_bytes() == before
 
 

@@ -326,9 +326,15 @@ def test_read_rows_cuts_half_a_line(tmp_path):
     assert read_rows(path) == []
     append_rows(path, [{"id": 1, "text": "日本\u2028\r"}, {"id": 2}])
     good = path.read_bytes()
-    for tail in (b'{"id": 3', b'{"id": 3}', b"\xe6\x97", b"{"):
+    for tail in (b'{"id": 3', b"\xe6\x97", b"{"):
         path.write_bytes(good + tail)
         assert [r["id"] for r in read_rows(path)] == [1, 2] and path.read_bytes() == good
+    path.write_bytes(good[:-1])
+    assert [r["id"] for r in read_rows(path)] == [1, 2] and path.read_bytes() == good, "whole but for the newline"
+    path.write_bytes(b'{"id": 1}\r{"id": 2}\n' + good)
+    with pytest.raises(DataError, match=":1: not JSON"):
+        read_rows(path)
+    assert path.read_bytes().endswith(good), "nothing taken off behind a carriage return"
     path.write_bytes(b'{"id": \n' + good)
     with pytest.raises(DataError, match=":1: not JSON"):
         read_rows(path)
