@@ -229,7 +229,7 @@ def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=Non
     model, folder, name = policy.model, Path(folder), Path(folder).name
     folder.mkdir(parents=True, exist_ok=True)
     for place in {folder, keep_at[1] if keep_at else folder}:
-        for half in place.glob(".tmp??????"):  # safetensors writes under such a name, and a kill leaves it there
+        for half in place.glob("*.tmp*"):  # what a kill leaves of a write: ours, and safetensors' .tmpXXXXXX
             half.unlink(missing_ok=True)
     checkpoint_path = folder / "checkpoint.safetensors"
     if (folder / "model.safetensors").exists():
