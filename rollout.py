@@ -20,6 +20,7 @@ Differences from the paper:
 """
 
 import argparse
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -250,6 +251,15 @@ def claim(config, path, problems=()):
     gather([])  # no process goes on in a folder that another was refused
 
 
+def keep_freed_memory():
+    """Let freed memory stay with the process, where the C library is glibc (M_MMAP_MAX 0, M_TRIM_THRESHOLD off).
+    Otherwise each large tensor is mapped anew, page fault by page fault: a quarter of a training step on a CPU."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        mallopt(-4, 0)
+        mallopt(-1, -1)
+
+
 def load_policy(folder, config, train=False):
     """The model and tokenizer in `folder`, on the device and in the dtype that `config` names or that suit it. A model
     to train has fp32 weights, and the dtype is that of its activations: bf16 weights would lose small updates."""
@@ -266,7 +276,9 @@ def load_policy(folder, config, train=False):
     except (RuntimeError, AssertionError) as error:  # torch's own words for a device that is not there
         raise UsageError(f"--device {device}: {str(error).splitlines()[0]}; expected cpu or cuda; choose one") from None
     small = sum(p.numel() for p in model.parameters()) < 5_000_000
-    if device == "cpu":  # measured: a model this small gains nothing from a third core
+    if device == "cpu":
+        keep_freed_memory()
+        # measured: a model this small gains nothing from a third core
         torch.set_num_threads(config.threads or min(2 if small else 64, max(1, (os.cpu_count() or 1) // WORLD)))
     tokenizer = Tokenizer.from_pretrained(folder)
     tokenizer.vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
