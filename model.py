@@ -50,6 +50,8 @@ GPT2_TENSORS = {"embed_tokens": "wte", "embed_positions": "wpe", "layers.": "h."
                 "post_attention_layernorm": "ln_2", "norm.":
                 "ln_f.", "self_attn": "attn", "o_proj": "c_proj", "up_proj": "c_fc", "down_proj": "c_proj", "q_proj":
                 "c_attn", "k_proj": "c_attn", "v_proj": "c_attn"}
+BLOCK = 128  # queries per block of causal attention on a CPU
+LARGE = 2**20  # numbers; above it, training makes cheap activations again instead of keeping them
 CONSTANTS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias)$")  # of old files; not "c_attn.bias"
 
 
@@ -297,13 +299,27 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache._write(self.layer, k, v)
         group = self.heads // self.kv_heads
-        if mask is None and T > 1:
+        if mask is None and T > BLOCK and x.device.type == "cpu":
+            y = self.in_blocks(q, k, v, group)
+        elif mask is None and T > 1:
             k, v = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         else:  # the group becomes more queries of one key head, so that a long cache is read once, not G times
             q = q.reshape(B, self.kv_heads, group * T, -1)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
         return self.o_proj(y.reshape(B, self.heads, T, -1).transpose(1, 2).reshape(B, T, -1))
+
+    def in_blocks(self, q, k, v, group):
+        """Causal attention, a block of queries at a time over the keys up to its end, a group's heads as queries of one
+        key head. On a CPU 1.6 times as fast as torch's causal kernel, forward and backward (experiments/bench)."""
+        q, blocks = q.unflatten(1, (self.kv_heads, group)), []  # (B, H_kv, G, T, D)
+        for start in range(0, q.shape[3], BLOCK):
+            part = q[:, :, :, start : start + BLOCK]
+            end = start + part.shape[3]
+            mask = torch.ones(end - start, end, dtype=torch.bool).tril(start).repeat(group, 1)
+            y = F.scaled_dot_product_attention(part.flatten(2, 3), k[:, :, :end], v[:, :, :end], mask, scale=self.scale)
+            blocks.append(y.unflatten(2, (group, -1)))
+        return torch.cat(blocks, dim=3)
 
 
 class Layer(nn.Module):
@@ -316,10 +332,25 @@ class Layer(nn.Module):
         self.mlp["down_proj"] = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
 
     def forward(self, x, rope, mask, cache):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
-        y, mlp = self.post_attention_layernorm(x), self.mlp
-        y = self.act(mlp.gate_proj(y)) * mlp.up_proj(y) if "gate_proj" in mlp else self.act(mlp.up_proj(y))
-        return x + mlp.down_proj(y)
+        x = x + self.self_attn(again(self.normed, self.input_layernorm, x), rope, mask, cache)
+        y, mlp = again(self.normed, self.post_attention_layernorm, x), self.mlp
+        return x + again(self.down, *(mlp[name](y) for name in mlp if name != "down_proj"))
+
+    @staticmethod
+    def normed(norm, x):
+        y, device = norm(x), x.device.type  # cast here, or under autocast each projection would keep a copy of its own
+        return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
+
+    def down(self, y, up=None):
+        return self.mlp.down_proj(self.act(y) if up is None else self.act(y) * up)
+
+
+def again(function, *inputs):
+    """The function's value; training computes it a second time in the backward pass instead of keeping what is between.
+    For norms and activations of large batches: a third of the memory for a few percent of the time."""
+    if not torch.is_grad_enabled() or inputs[-1].numel() < LARGE:
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class GPT(nn.Module):

@@ -270,6 +270,50 @@ def test_gradient_checkpointing_changes_nothing():
             assert a.abs().sum() > 0
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_blocks_of_queries_are_causal_attention(monkeypatch, kv_heads):
+    """Attention in blocks that sees a later token, misses the block's own past, or gives a head another's keys."""
+    model = wide(Config.from_hf(TOY | dict(num_key_value_heads=kv_heads)))
+    ids, results = torch.randint(50, (2, 300)), []  # two blocks and a part of one
+    for block in (10**6, 128):
+        monkeypatch.setattr(model_module, "BLOCK", block)
+        model.zero_grad()
+        logits = model(ids)
+        (logits.logsumexp(-1) * torch.arange(300)).sum().backward()
+        results.append([logits.detach(), *(p.grad / p.grad.abs().max() for p in model.parameters())])
+    for whole, blocks in zip(*results, strict=True):
+        torch.testing.assert_close(blocks, whole, **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama3"])
+def test_activations_made_again(monkeypatch, family):
+    """What is computed twice keeps less and changes no gradient, with and without autocast; small batches keep all."""
+    model, want = golden(family)
+    kept, plain = {}, model_module.checkpoint
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t  # held, so that no address is used twice
+        return t
+
+    for precision, tolerance in ((torch.float32, 0), (torch.bfloat16, 0.05)):
+        results = []
+        for large in (2**20, 0):
+            monkeypatch.setattr(model_module, "LARGE", large)
+            monkeypatch.setattr(model_module, "checkpoint", lambda function, *inputs, **options: (
+                [keep(x) for x in inputs if torch.is_tensor(x)], plain(function, *inputs, **options))[1])  # fmt: skip
+            kept.clear()
+            hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
+            model.zero_grad()
+            with hooks, torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+                loss = model(want["ids"]).float().logsumexp(-1).sum()
+            loss.backward()
+            size = sum(t.untyped_storage().nbytes() for t in kept.values())
+            results.append((size, torch.cat([p.grad.flatten() for p in model.parameters()])))
+        (size, grad), (less, again) = results
+        assert less < 0.8 * size
+        assert (again - grad).norm() <= tolerance * grad.norm()
+
+
 @torch.no_grad()
 def test_rotary_angles_survive_a_cast():
     """Guards frequencies rounded by model.to(bfloat16): at position 1000 that would turn the angle by several turns."""
