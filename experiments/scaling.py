@@ -22,7 +22,7 @@ BUDGETS = {  # sizes of all arms, sizes of SFT alone, rates beside the main one 
     "smoke": dict(sizes=[16, 32], more=[], rates={}, seeds=1, pass_at=0, grid=(0.1, 0.2), flags=dict(
         test=12, val=8, samples=4, rollouts=2, negatives=2)),
     "cpu": dict(sizes=[50, 100, 200, 400, 800, 1600], more=[3200, 6400, 12800], seeds=3, pass_at=5, flags={},
-                grid=(0.5, 1, 2), rates={r: [100, 200, 400, 800] for r in (0.0, 0.4)}),
+                grid=(0.5, 1, 2), rates={r: [100, 200, 400] for r in (0.0, 0.1)}),
     "gpu": dict(sizes=[50, 100, 200, 400, 800, 1600, 3200], more=[6400, 12800, 25600], seeds=5, pass_at=5, flags={},
                 grid=(0.5, 1, 2), rates={r: [50, 100, 200, 400, 800, 1600] for r in (0.0, 0.1, 0.3, 0.4)}),
 }  # fmt: skip
