@@ -5,7 +5,9 @@
 For every spurious rate, seed and size |D|: SFT on the teacher's solutions; pos (RFT: D and the SFT model's own right
 solutions); neg (per-step DPO from pos); neg2 (a second round, from neg's own solutions). Each arm picks one of three
 epoch counts at every size, on the validation split with seed 0; sft-long has as many optimizer steps as pos, neg and
-neg2 together. SFT alone goes on to larger sizes, so that there is a curve on which to read the multipliers off.
+neg2 together. SFT alone goes on to larger sizes, so that there is a curve on which to read the multipliers off. Beside
+the main rate, neg's learning rate, chosen at the main one, overshoots: neg-gentle is neg at a fifth of it (at the main
+rate the two are equal on the validation split).
 """
 
 from collections import defaultdict
@@ -19,7 +21,7 @@ from rollout import entry, parse
 MAIN = 0.2
 BUDGETS = {  # sizes of all arms, sizes of SFT alone, rates beside the main one with their sizes, seeds, shares of the
     # middle number of epochs to choose from, Cell's flags
-    "smoke": dict(sizes=[16, 32], more=[], rates={}, seeds=1, pass_at=0, grid=(0.1, 0.2), flags=dict(
+    "smoke": dict(sizes=[16, 32], more=[], rates={0.0: [16]}, seeds=1, pass_at=0, grid=(0.1, 0.2), flags=dict(
         test=12, val=8, samples=4, rollouts=2, negatives=2)),
     "cpu": dict(sizes=[50, 100, 200, 400, 800, 1600], more=[3200, 6400, 12800], seeds=3, pass_at=5, flags={},
                 grid=(0.5, 1, 2), rates={r: [100, 200, 400] for r in (0.0, 0.1)}),
@@ -61,6 +63,9 @@ def cell(folder, rate, seed, size, tuned, full, second, long, pass_at, grid, fla
                 tuned = tuned | {"neg2": picked["neg"]}
                 arm("neg2", neg, 3, arms["neg"]["steps"], pairs=pairs2)
                 arms["neg2"] |= dict(tokens=drawn + valued + drawn2 + valued2, pairs=len(pairs2))
+        elif pairs:
+            cell.fit("neg-gentle", pos, pairs=pairs, epochs=picked["neg"], lr=cell.c.neg_lr / 5)
+            arms["neg-gentle"] = cell.judge("neg-gentle") | {k: arms["neg"][k] for k in ("steps", "tokens", "pairs")}
         if long:
             steps = max(a["steps"] for a in arms.values())
             cell.fit("sft-long", cell.c.model, cell.teacher, epochs=steps * cell.c.batch / size)
@@ -130,9 +135,10 @@ def job(folder, rate, seed, size, details, **shared):
     return cell(folder, rate, seed, size, **details[rate, size], **shared)
 
 
-COLOURS = {"sft": "#777777", "sft-long": "#bbbbbb", "pos": "#2b7bba", "neg": "#d1495b", "neg2": "#8c1c2e"}
+COLOURS = {"sft": "#777777", "sft-long": "#bbbbbb", "pos": "#2b7bba", "neg": "#d1495b", "neg2": "#8c1c2e",
+           "neg-gentle": "#e9a15b"}  # fmt: skip
 LABELS = {"sft": "SFT", "sft-long": "SFT, as long as neg2", "pos": "pos (RFT)", "neg": "neg (per-step DPO)",
-          "neg2": "neg, second round"}  # fmt: skip
+          "neg2": "neg, second round", "neg-gentle": "neg, a fifth of the rate"}  # fmt: skip
 
 
 def panel(axis, rate, arms):
