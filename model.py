@@ -51,6 +51,7 @@ GPT2_TENSORS = {"embed_tokens": "wte", "embed_positions": "wpe", "layers.": "h."
                 "ln_f.", "self_attn": "attn", "o_proj": "c_proj", "up_proj": "c_fc", "down_proj": "c_proj", "q_proj":
                 "c_attn", "k_proj": "c_attn", "v_proj": "c_attn"}
 BLOCK = 128  # queries per block of causal attention on a CPU
+PORTION = 64  # tokens by which a cache grows
 LARGE = 2**20  # numbers; above it, training makes cheap activations again instead of keeping them
 CONSTANTS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias)$")  # of old files; not "c_attn.bias"
 
@@ -185,18 +186,34 @@ def read_window(c):
 
 
 class KVCache:
-    """Keys and values of the tokens already read, preallocated for `rows` texts of up to `capacity` tokens.
+    """Keys and values of the tokens already read by `rows` texts of up to `capacity` tokens.
 
-    k, v: (n_layer, rows, H_kv, capacity + 1, D) of `dtype`, the last slot for padding that does not fit; lengths: int64
-    (rows,). `shortest` and `longest` bound the lengths in Python and so spare a decode step any question to the GPU.
+    k, v: (n_layer, rows, H_kv, room, D) of `dtype`; lengths: int64 (rows,). All room is there from the start, one slot
+    more than `capacity` for padding that does not fit; but where attention is `explicit` it grows by PORTION tokens, so
+    that all of it is looked at: torch copies what is cut out of a tensor before it multiplies.
+    `shortest` and `longest` bound the lengths in Python and so spare a decode step any question to the GPU.
     """
 
     def __init__(self, config, rows, capacity, dtype=torch.float32, device="cpu"):
         self.rows, self.capacity, self.shortest, self.longest = rows, capacity, 0, 0
-        shape = (config.n_layer, rows, config.n_kv_head, capacity + 1, config.head_dim)
-        # zeros, not empty: a masked slot has weight 0, and 0 * NaN from uninitialised memory would be NaN
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
+        shape = (config.n_layer, rows, config.n_kv_head, 0, config.head_dim)
+        self.k = self.v = torch.empty(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.grows = explicit(self.k)
+        self._make_room(0 if self.grows else capacity + 1)
+
+    def _make_room(self, tokens):
+        """Room for so many tokens a row, if it is not there yet."""
+        layers, rows, heads, held, D = self.k.shape
+        if tokens > held:
+            room = min(self.capacity + 1, -(-tokens // PORTION) * PORTION)
+            k, v = self.k.new_empty(layers, rows, heads, D, room).transpose(-1, -2), self.v.new_empty(
+                layers, rows, heads, room, D)  # fmt: skip
+            k = k if self.grows else torch.empty_like(v)
+            for old, new in ((self.k, k), (self.v, v)):
+                new[:, :, :, :held] = old
+                new[:, :, :, held:] = 0  # a masked slot has weight 0, and 0 * NaN of uninitialised memory is NaN
+            self.k, self.v = k, v
 
     def set_lengths(self, lengths):
         """Set what each row holds, int or int64 (rows,); a shorter row forgets its last tokens. One host sync."""
@@ -209,6 +226,7 @@ class KVCache:
         held = int(lengths.max()) if len(lengths) else 0
         if held > self.capacity:
             raise ValueError(f"KVCache: a row of {held} tokens does not fit a capacity of {self.capacity}")
+        self._make_room(held)
         # layer by layer: the gathered copy stays small
         for mine, other in zip((*self.k, *self.v), (*source_cache.k, *source_cache.v), strict=True):
             mine[:, :, :held].index_copy_(0, rows, other[:, :, :held].index_select(0, source_rows))
@@ -231,6 +249,8 @@ class KVCache:
             if needed > limit:
                 raise ValueError(f"KVCache: a row would hold {needed} tokens, the limit is {limit}; enlarge the cache")
         self.span, fits = min(self.longest + T, limit), self.longest + T <= limit
+        self._make_room(self.span + 1)
+        self.seen = self.k.shape[3] if self.grows else self.span
         self.empty, self.even = fits and self.longest == 0, fits and self.shortest == self.longest
         positions = self.lengths[:B, None] + torch.arange(T, device=self.lengths.device)
         self.slots = torch.arange(B, device=self.lengths.device)[:, None], positions.clamp(max=limit)
@@ -244,7 +264,7 @@ class KVCache:
                 held[:B, :, self.longest : self.longest + T] = new
             else:
                 held[self.slots[0], :, self.slots[1]] = new.transpose(1, 2).to(held.dtype)
-        return (k, v) if self.empty else (self.k[layer, :B, :, : self.span], self.v[layer, :B, :, : self.span])
+        return (k, v) if self.empty else (self.k[layer, :B, :, : self.seen], self.v[layer, :B, :, : self.seen])
 
     def _close(self, B, T, counts):
         """Count the new tokens; after a decode step by bounds only, without a host sync."""
@@ -253,6 +273,11 @@ class KVCache:
         self.shortest += T if counts is None and B == self.rows else 0
         if counts is not None and T > 1:
             self.set_lengths(self.lengths)
+
+
+def explicit(x):
+    """Whether attention over a cache is two matrix products here: in bfloat16 on a CPU they outrun torch's kernel."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
 def rope_angles(config, positions, dtype):
@@ -306,7 +331,13 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         else:  # the group becomes more queries of one key head, so that a long cache is read once, not G times
             q = q.reshape(B, self.kv_heads, group * T, -1)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+            if explicit(k):
+                scores = (q * self.scale) @ k.transpose(-1, -2)  # (B, H_kv, G*T, S)
+                if mask is not None:  # not -inf: padding may see nothing, and its NaN would stay in the cache
+                    scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+                y = scores.softmax(-1) @ v
+            else:
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
         return self.o_proj(y.reshape(B, self.heads, T, -1).transpose(1, 2).reshape(B, T, -1))
 
     def in_blocks(self, q, k, v, group):
@@ -353,6 +384,12 @@ def again(function, *inputs):
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
+def packed(weight, bias=None):
+    """x -> x W^T + b in the layout of oneDNN, the library behind torch's own products on a CPU."""
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 class GPT(nn.Module):
     """The language model. With `gradient_checkpointing = True` training recomputes each layer, to hold less memory."""
 
@@ -365,7 +402,7 @@ class GPT(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         self.embed_positions = nn.Embedding(config.max_len, config.width) if learned else None
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layer))
-        self.norm = config.make_norm()
+        self.norm, self.head = config.make_norm(), None
         self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
@@ -380,7 +417,18 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """hidden (..., C) -> logits (..., V), in the dtype of the weights."""
+        if self.head:
+            return self.head(hidden)
         return F.linear(hidden, (self.lm_head or self.embed_tokens).weight)
+
+    def pack(self):
+        """Lay the matrices out once as the CPU's kernels read them, which otherwise happens at each product: for a
+        model to sample from, no longer to train or save. A tied embedding stays beside its packed copy."""
+        half = self.norm.weight.dtype == torch.bfloat16
+        if torch.backends.mkldnn.is_available() and (torch.ops.mkldnn._is_mkldnn_bf16_supported() or not half):
+            self.head = packed((self.lm_head or self.embed_tokens).weight)
+            for linear in [m for m in self.modules() if isinstance(m, nn.Linear)]:
+                linear.forward, linear.weight = packed(linear.weight, linear.bias), None
 
     def hidden(self, input_ids, cache=None, counts=None):
         """input_ids int64 (B, T) -> the residual stream after the final norm, (B, T, C).
@@ -416,12 +464,12 @@ class GPT(nn.Module):
     def _masks(self, positions, cache):
         """{window: mask as in `Attention`} for the windows in use: made once per forward, not per layer."""
         T, square, masks = positions.shape[1], cache is None or cache.empty, {}
-        even, span = square or cache.even, T if square else cache.span
+        even, span = square or cache.even, T if square else cache.seen
         rows, columns = positions[:, None, :, None], torch.arange(span, device=positions.device)
         rows = rows[:1] if even else rows  # rows of one length share a mask
         for window in set(self.config.window or [None]):
             whole = window is None or window >= span
-            if whole and (square or (T == 1 and even)):
+            if whole and (square or (T == 1 and even and cache.seen == cache.span)):
                 masks[window] = None
             else:
                 mask = columns <= rows if whole else (columns <= rows) & (columns > rows - window)
@@ -463,6 +511,8 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json and model.safetensors, in `dtype` (default: as held); no reader ever meets half a file."""
+        if self.head:
+            raise ValueError("save_pretrained: the matrices are packed; expected a model as loaded; load it again")
         folder, tensors, base = Path(folder), {}, "transformer." if self.config.model_type == "gpt2" else "model."
         folder.mkdir(parents=True, exist_ok=True)
         for name, weight in self.named_parameters():

@@ -280,6 +280,8 @@ def load_policy(folder, config, train=False):
         keep_freed_memory()
         # measured: a model this small gains nothing from a third core
         torch.set_num_threads(config.threads or min(2 if small else 64, max(1, (os.cpu_count() or 1) // WORLD)))
+        if not small and not train:
+            model.pack()
     tokenizer = Tokenizer.from_pretrained(folder)
     tokenizer.vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
     if tokenizer.eos_id >= tokenizer.vocab_size:

@@ -77,6 +77,16 @@ def refuses(path, *words):
         assert word in message, message
 
 
+@pytest.fixture(params=["kernel", "explicit"])
+def attention(request, monkeypatch):
+    """Both kinds of attention over a cache, in fp32: torch's kernel; products, over a cache that grows (by three)."""
+    if request.param == "explicit":
+        monkeypatch.setattr(model_module, "explicit", lambda x: True)
+        monkeypatch.setattr(model_module, "PORTION", 3)
+
+
+with_both = pytest.mark.usefixtures("attention")
+
 # ---- numbers
 
 
@@ -102,6 +112,7 @@ def test_greedy_matches_transformers_without_cache(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@with_both
 @torch.no_grad()
 def test_greedy_matches_transformers_with_cache(name):
     """Guards one position shared by all rows of a mixed-length batch (unsloth#3699), which learned positions show and
@@ -120,6 +131,7 @@ def test_greedy_matches_transformers_with_cache(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("chunks", [(1,) * 13, (5, 8), (4, 1, 6, 2)])
+@with_both
 @torch.no_grad()
 def test_chunked_prefill_matches_one_forward(name, chunks):
     """Guards rotary angles or masks that restart at a chunk (nanochat#855), rows of equal length (no mask) and rows
@@ -139,6 +151,7 @@ def test_chunked_prefill_matches_one_forward(name, chunks):
     assert torch.equal(ragged.lengths, lengths) and even.lengths.tolist() == [13] * 4
 
 
+@with_both
 @torch.no_grad()
 def test_batch_smaller_than_cache():
     """Guards rows beyond the batch: they keep what they hold, and their lengths do not mislead the mask."""
@@ -154,6 +167,7 @@ def test_batch_smaller_than_cache():
         model(torch.zeros(5, 1, dtype=torch.long), cache)
 
 
+@with_both
 @torch.no_grad()
 def test_rows_of_equal_length_are_not_assumed():
     """Guards the fast path without mask and index: it must end when part of the rows has moved on."""
@@ -169,6 +183,7 @@ def test_rows_of_equal_length_are_not_assumed():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "mistral"])
+@with_both
 @torch.no_grad()
 def test_capacity_boundary(name):
     """Guards scheduling errors at the edge (nano-vllm#66): length == capacity works, capacity + 1 is refused, and
@@ -209,6 +224,7 @@ def test_learned_positions_boundary():
         model(text[:, :1], cache)
 
 
+@with_both
 @torch.no_grad()
 def test_loose_bound_is_measured_before_refusing():
     """Guards a decode loop whose finished rows (count 0) still push the host's bound to the capacity."""
@@ -221,6 +237,7 @@ def test_loose_bound_is_measured_before_refusing():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen2-window"])
+@with_both
 @torch.no_grad()
 def test_copy_rows_and_keep(name):
     """Guards n samples from one prefill and the compaction of finished rows: each row continues as if alone."""
@@ -241,6 +258,36 @@ def test_copy_rows_and_keep(name):
         KVCache(model.config, 1, 12).copy_rows(prompts, torch.tensor([0]), torch.tensor([0]))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2-window"])
+@torch.no_grad()
+def test_bfloat16_decode(name):
+    """Guards the layout that bfloat16 takes on a CPU: as near to fp32's logits as one forward without a cache is."""
+    model, want = golden(name)
+    lengths, half = want["lengths"], GPT.from_pretrained(GOLDEN / name, dtype=torch.bfloat16)
+    cache = KVCache(half.config, rows=len(lengths), capacity=32, dtype=torch.bfloat16)
+    assert cache.grows
+    half(want["ids"], cache, lengths)
+    whole = (half(want["ids"]).float() - want["logits"]).abs()[real(lengths, want["ids"].shape[1])].max()
+    for step in range(want["greedy"].shape[1]):
+        got = half(want["greedy"][:, step : step + 1], cache)[:, 0].float()
+        for row, length in enumerate(lengths.tolist()):
+            text = torch.cat((want["ids"][row, :length], want["greedy"][row, : step + 1]))[None]
+            assert (got[row] - model(text)[0, -1]).abs().max() < 2 * whole
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_packed_matrices_are_the_same_model(name):
+    """Guards a bias, a head or a projection forgotten in packing, for every family; and saving after it."""
+    model, want = golden(name)
+    model.pack()
+    assert_same(model(want["ids"]), want["logits"], want["lengths"])
+    assert not any(name.endswith("proj.weight") for name, _ in model.named_parameters())
+    with pytest.raises(ValueError, match="packed"):
+        model.save_pretrained("nowhere")
+
+
+@with_both
 def test_stale_slots_are_never_seen():
     """Guards 0 * NaN: a forgotten or never written slot must not reach a result, whatever it holds within reason."""
     config = Config.from_hf(TOY)
