@@ -70,17 +70,17 @@ def ours(job):
     return dict(seconds=time.monotonic() - began, tokens=[samples[0] for samples in out], version=torch.__version__)
 
 
-def limits(dtype, threads):
+def limits(dtype, threads, rows=128):
     """Measured matrix rate (operations a second) and memory bandwidth (bytes a second)."""
     torch.set_num_threads(threads)
-    a, b = torch.randn(128, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    a, b = torch.randn(rows, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
     big = torch.ones(64 * 2**20)
-    rate, width = [], []
+    rate, width, n = [], [], 2560 // rows
     for _ in range(7):
         began = time.monotonic()
-        for _ in range(20):
+        for _ in range(n):
             a @ b.T
-        rate.append(20 * 2 * 128 * 2048 * 2048 / (time.monotonic() - began))
+        rate.append(n * 2 * rows * 2048 * 2048 / (time.monotonic() - began))
         began = time.monotonic()
         big.sum()
         width.append(big.numel() * 4 / (time.monotonic() - began))
@@ -103,7 +103,7 @@ def main():
     c = parse(BenchConfig, __doc__)
     count, n, new, repeats = (8, 2, 16, 1) if c.quick else (32, 4, 128, c.repeats)
     c.dtype = "float32"
-    policy = load_policy(c.model, c)
+    policy = load_policy(c.model, c, train=True)  # not packed, so that its weights can be counted
     prompts = [policy.prompt(p) for p in read_problems(c.data, count)]
     m, weights = policy.model.config, sum(p.numel() for p in policy.model.parameters())
     print(f"{len(prompts)} prompts x {n} samples x {new} tokens; {platform.processor() or platform.machine()}, "

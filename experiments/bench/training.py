@@ -5,6 +5,8 @@
 The peer's steps are those of trl's trainers, written out: labels into the model for SFT; for DPO one forward of both
 sides through the policy and one, without gradient, through a frozen copy. Same sequences, AdamW, fused. Each step runs
 in a process of its own; peak memory is that process's (resident set), weights, optimizer and Python included.
+"of limit" is the share of what the measured matrix rate allows: six operations per weight and token, attention and
+optimizer not counted.
 """
 
 import json
@@ -21,6 +23,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from sampling import limits
+
 from rollout import UsageError, entry, flag, load_policy, parse
 from train import Example, TrainConfig, add_reference, backward
 
@@ -112,20 +116,24 @@ def main():
         print(json.dumps(ours(json.load(sys.stdin))))
         return
     c = parse(BenchConfig, __doc__)
-    model = load_policy(c.model, TrainConfig(threads=1, prompt="{question}")).model  # a wrong path fails here
+    model = load_policy(c.model, TrainConfig(threads=1, prompt="{question}"), train=True).model  # a wrong path: here
+    weights = sum(p.numel() for p in model.parameters())
     torch.manual_seed(0)
     print(f"{platform.processor() or platform.machine()}, {c.threads} threads, fp32 weights")
-    print(f"{'step':6}{'dtype':10}{'who':16}{'version':14}{'tokens/s':>10}{'ratio':>7}{'peak GB':>9}{'ratio':>7}")
+    print(f"{'step':6}{'dtype':10}{'who':16}{'version':14}{'tokens/s':>10}{'of limit':>10}{'ratio':>7}"
+          f"{'peak GB':>9}{'ratio':>7}")  # fmt: skip
     for step, shape in (("sft", (2, 64) if c.quick else (8, 512)), ("dpo", (2, 64) if c.quick else (8, 256))):
         rows = torch.randint(5, model.config.vocab_size, shape).tolist()
         for dtype in ("bfloat16", "float32"):
             job = dict(model=str(Path(c.model).resolve()), rows=rows, step=step, dtype=dtype, threads=c.threads,
                        prompt=shape[1] // 2, micro_tokens=c.micro_tokens, steps=1 if c.quick else c.steps)  # fmt: skip
             result = {who: run(who, job, c.peer_python) for who in ["ours", "transformers"][: 1 + bool(c.peer_python)]}
+            limit = limits(getattr(torch, dtype), c.threads, 2048)[0] / (6 * weights)
             speed = {who: shape[0] * shape[1] / statistics.median(r["seconds"]) for who, r in result.items()}
             for who, r in result.items():
-                print(f"{step:6}{dtype:10}{who:16}{r['version']:14}{speed[who]:10.0f}{speed['ours'] / speed[who]:7.2f}"
-                      f"{r['peak']:9.1f}{result['ours']['peak'] / r['peak']:7.2f}", flush=True)  # fmt: skip
+                print(f"{step:6}{dtype:10}{who:16}{r['version']:14}{speed[who]:10.0f}{speed[who] / limit:10.0%}"
+                      f"{speed['ours'] / speed[who]:7.2f}{r['peak']:9.1f}{result['ours']['peak'] / r['peak']:7.2f}",
+                      flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
