@@ -108,33 +108,39 @@ def format_prompt(prompt_format, question):
 # --- Answers: find the final one, normalise it, read its value ---
 
 ANNOTATION = re.compile(r"<<[^<>\n]*>>")
-MARKER = re.compile(r"#{4,}|\\f?boxed\b\s*|\banswers?\b[^\n.:=\\#]{0,60}?(?:\bis\b|\bare\b|:|=)|^A:", re.I | re.M)
-FORMULA = re.compile(r"\$\$?([^$\n]+)\$|\\\(([^\n]{1,300}?)\\\)|\\\[([^\n]{1,300}?)\\\]")
+TAGS = re.compile(r"</\w+>|<\|\w+\|>|\*\*")  # the end of <answer>18</answer>, the end of text, bold type
+MARKER = re.compile(r"#{4,}|\\(?:boxed|fbox)\b\s*|\banswers?\b[^\n.:=\\#]{0,60}?(?:\bis\b|\bare\b|[:=])|<answer>|^A:",
+                    re.I | re.M)  # fmt: skip
+FORMULA = re.compile(r"\$\$?\s{0,9}((?:\\.|[^$\\\s])(?:\\.|[^$\\\n])*)\s{0,9}\$|\\\(([^\n]{1,300}?)\\\)"
+                     r"|\\\[\s{0,9}(\S[^\n]{0,300}?)\s{0,9}\\\]")  # fmt: skip
+NAME = re.compile(r"\\?[a-z]+(?:\([a-z]\))?|\([a-z, ]+\)")
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\$-?)?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
 PROSE = re.compile(r"(?<![\\A-Za-z])(?!or\b|and\b)[A-Za-z]{2,}")
 SYMBOLS = str.maketrans({
-    "−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "∞": r"\infty ", "π": r"\pi ", "√": r"\sqrt "})
+    "−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "∞": r"\infty ", "π": r"\pi ", "√": " sqrt ", "≈": r"\approx "})
 TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf)\s*"
 REWRITES = [  # pattern, replacement
-    (r"\\begin\{[a-z]?matrix\}", "["), (r"\\end\{[a-z]?matrix\}", "]"), (r"\\\\", ";"), ("&", ","),
-    (r"<<[^<>\n]*>>|\\(?:left|right|[bB]igg?[lr]?|displaystyle|approx)(?![A-Za-z])|\\[!,;: ]", ""),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?|°|\\?%|\\?\$|\*\*|[€£~]", " "),
-    (r"\\[dtc]frac", r"\\frac"), (r"\{,\}", ","), (r"\\(?:times|cdot)(?![A-Za-z])", "*"),
+    (r"<<[^<>\n]*>>|\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])", ""), (r"\{,\}|,\s*\\!\s*", ","),
+    (r"\\begin\{[a-z]?matrix\}|[(\[]?\s*\\begin\{array\}\s*\{[^{}]*\}", "["),
+    (r"(?:\\\\\s*)?(?:\\end\{[a-z]?matrix\}|\\end\{array\}\s*[)\]]?)", "]"),
+    (r"\\\\", ";"), (r"\\[!,;: ]", ""), ("&", ","),
+    (r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?|°)(?:\s*[CF]\b)?|\\?%|\\?\$|\*\*|[€£~]|\\pounds", " "),
+    (r"(?<=[\d}])\s*\\approx.*", ""), (r"\\(?:approx|in)(?![A-Za-z])", "="),  # 2/3 \approx 0.67 is 2/3
+    (r"\\[dtc]frac", r"\\frac"), (r"\\(?:times|cdot)(?![A-Za-z])", "*"), (r"\\(le|ge|ne)q(?:slant)?(?![a-z])", r"\\\1"),
     (TEXT + r"\{[\s,]*(?:or|and)\s*\}|(?<=[\d\s])(?:or|and)\s", ","),
-    (r"(?<=[\d\s)}])" + TEXT + r"\{[^{}]*\}(?:\^\{?\d\}?)?[\s.]*$", ""),  # 15\text{ cm}^2 is 15, not 225
+    (r"(?<=[\d)}])\s*" + TEXT + r"\{[^{}]*\}(?:\^\{?\d\}?)?[\s.]*$", ""),  # 15\text{ cm}^2 is 15, not 225
     (TEXT + r"\{([^{}]*)\}", r" \1 "),
-    (r"(?<=[\d)}])(?:\s+[A-Za-z]{3,}|\s*(?:mm|cm|km|kg|ft|mph|hrs?|min|[ap]\.m)\b)[A-Za-z\s.]*(?:\^\{?[23]\}?)?$", ""),
+    (r"(?<=[\d)}])(?:\s+(?:[A-Za-z]{3,}|m\b)|\s*(?:mm|cm|km|kg|ft|mph|hrs?|min|[ap]\.m)\b)[A-Za-z\s.]*(?:\^\{?[23]\}?)?$",
+     ""),
     (r"(?<=\d)[eE]([-+]?\d{1,3})\b", r"*10^{\1}"), (r"(\d)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
-    (r"\\(frac|sqrt)\s*(\d)", r"\\\1{\2}"),  # LaTeX takes one digit: \frac34
+    (r"\\(frac|sqrt)\s*(\d)", r"\\\1{\2}"), (r"(?<!\\)sqrt\s*(\d+)", r"\\sqrt{\1}"),  # LaTeX takes one digit: \frac34
     (r"(?<![\d.^])(\d+)\s*(\\frac\{\d+\}\s*(?:\d|\{\d+\}))", r"(\1+\2)"),  # 3\frac{1}{2}
     (r"(?<![A-Za-z\\])(pi|sqrt)(?![A-Za-z])", r"\\\1 "), (r"\\\{", "⦃"), (r"\\\}", "⦄"), (r"\\cup(?![a-z])", "∪"),
-    (r"^\s*(?:\\?[A-Za-z]+(?:\([A-Za-z]\))?|\([A-Za-z, ]+\))\s*(?:=|\\in(?![A-Za-z]))", ""),  # x = 5 states 5
-    (r"^[-\d\s+*/().=]*=", ""),  # and so does 2 + 3 = 5
 ]
 
 
 def _tail(text):
-    return "" if text is None else ANNOTATION.sub("", str(text)[-MAX_TAIL:]).replace("**", "").strip()
+    return "" if text is None else TAGS.sub("", ANNOTATION.sub("", str(text)[-MAX_TAIL:])).strip()
 
 
 def extract_answer(text, bare=True):
@@ -154,15 +160,16 @@ def extract_answer(text, bare=True):
         if kind == "\\":
             answer = text[start + 1 : closing[start]] if start in closing else line[:1].strip("{")
         elif kind == "#":
-            answer = "" if re.match(r"\s*(?:step\b|\d+[.)]\s+[A-Za-z])", line, re.I) else line  # a Markdown heading
+            heading = r"\s*step\b|\s*\d+[.)]\s+[a-z]|\s*[a-z]{3}[^\n]*\n+[^\n]"  # of Markdown, with text below it
+            answer = "" if re.match(heading, text[start:], re.I) else line
         else:
             line = text[start : start + MAX_ANSWER].lstrip(" \n\t:*")
             formula = FORMULA.match(line)
-            answer = formula[formula.lastindex] if formula else re.split(r"\.(?:\s|$)|\n", line, maxsplit=1)[0]
-            if "\\boxed" in answer or len(answer) > 30 and not re.match(r"[-+−.\d$\\(\[{]", answer):
+            answer = formula[formula.lastindex] if formula else re.split(r"(?<!\\)[.!](?:\s|$)|\n", line, maxsplit=1)[0]
+            if "\\boxed" in answer or len(answer) > 30 and re.match(r"[A-Za-z]", answer) and PROSE.search(answer):
                 answer = ""  # an empty box has been passed over; 'Answer: She first buys ...' opens a solution
-        answer = answer.strip()
-        if answer and (kind in "#\\" or not wordy and _value(_normalise(answer)) is not None):
+        answer = answer.strip(" \t\r\n`\"_*")
+        if answer and (kind in "#\\" or not wordy and not answer.isalpha() and _value(_normalise(answer)) is not None):
             return answer
         wordy = wordy or answer  # 'the answer is correct' must not hide an earlier \boxed{18}
     return wordy or None
@@ -174,6 +181,9 @@ def is_correct(response, gold):
     answer, marked = extract_answer(response), extract_answer(response, bare=False)
     if not gold or answer and answers_equal(answer, gold):
         return bool(gold)
+    digits = re.fullmatch(r"(-?\d+)_(?:\d|\{\d+\})\.?", gold)
+    if answer and digits and answers_equal(answer, digits[1]):
+        return True  # the question asks for base 8: 2516 is 2516_8 there
     number = NUMBER.fullmatch(gold.strip("$. "))
     formula = None if marked else next(reversed(list(FORMULA.finditer(text))), None)
     if formula and (not number or "\\" in formula[0]) and answers_equal(formula[formula.lastindex], gold):
@@ -181,7 +191,8 @@ def is_correct(response, gold):
     if not number or answer and re.search(r"\d", answer) and not PROSE.search(answer):
         return False  # a formula, and not the gold number
     if marked and re.search(r"\d", marked):  # '#### 5 boxes of 12': the first number, behind '=' if there is one
-        numbers = NUMBER.findall(marked.rpartition("=")[2].translate(SYMBOLS))[:1]
+        clause = re.split(r"[,;]\s+[a-z]|\s\(", marked)[0]
+        numbers = NUMBER.findall(clause.rpartition("=")[2].translate(SYMBOLS))[:1]
     else:  # 'So she makes $18 a day.': the last number of the last line with one
         line = next((line for line in reversed(text.split("\n")) if re.search(r"\d", line)), "")
         numbers = NUMBER.findall(line.translate(SYMBOLS))[-1:]
@@ -221,8 +232,26 @@ def _elements(text):
     return brackets.replace("⦃⦄", "") + ";" * text.count(";"), parts
 
 
+def _stated(text):
+    """What an equation states, 5: 'x = 5', '2 + 3 = 5', '5 = x'."""
+    kind, parts = _elements(text)
+    sides = text.split("=") if len(parts) == 1 and not kind else [text]
+    return min(sides[-1:] + sides[:1], key=lambda side: bool(NAME.fullmatch(side.strip()))).strip()
+
+
 def _same(a, b):
     """Equality of normalised answers."""
+    if a.count("=") == b.count("=") == 1 and len(_elements(a)[1]) == len(_elements(b)[1]) == 1:
+        x, y = (_value(f"({text.replace('=', ')-(')})") for text in (a, b))
+        if x and y:  # x + y = 1 is 2 - 2x = 2y: the differences of the sides have a simple ratio
+            ratio = complex(x) / complex(y)
+            simple = Fraction(ratio.real).limit_denominator(99) if 1e-3 < abs(ratio.real) < 1e3 else 0
+            if simple and cmath.isclose(ratio, simple):
+                return True
+        names = [text.split("=")[0].strip() for text in (a, b)]
+        if names[0] != names[1] and not (all(map(NAME.fullmatch, names)) and max(map(len, names)) > 2):
+            return False  # y = 2x and f(x) = 2x are one, AB = 2 and CD = 2 are not
+    a, b = _stated(a), _stated(b)
     x, y = _value(a), _value(b)
     if x is not None or y is not None:
         exact = x is None or y is None or isinstance(x, Fraction) and isinstance(y, Fraction)
@@ -231,7 +260,7 @@ def _same(a, b):
     if kind != other or len(left) != len(right) or len(left) > 40:
         return False
     if len(left) == 1:
-        a, b = (re.sub(r"\{(\w)\}", r"\1", re.sub(r"[\s*]", "", part)) for part in left + right)
+        a, b = (re.sub(r"[{(](\\?\w+)[)}]", r"\1", re.sub(r"[\s*]", "", part)) for part in left + right)
         return a == b != ""
     for part in left:  # sets and bare lists in any order, all others in theirs
         match = next((i for i, q in enumerate(right if not kind else right[:1]) if _same(part, q)), None)

@@ -132,13 +132,22 @@ EQUAL = [
     (r"-2\text{ or }3", "3,-2"),
     (r"\begin{pmatrix} \frac12 \\ 3 \end{pmatrix}", r"\begin{bmatrix}0.5\\3\end{bmatrix}"), ("7:30", "7:30"),
     (r"(-\infty,-2) \cup (-1,1]", r"(-\infty, -2)\cup(-1,1]"), ("2516_8", "2516_{8}"), ("<<9*2=18>>18", "18"),
+    (r"\angle ABC = 55^\circ", r"55^\circ"), ("a_{10} = 103", "103"), ("5 = x", "x = 5"), (r"\frac14 = 0.25", "1/4"),
+    (r"\frac{5}{13} \approx 0.38", r"\frac{5}{13}"), (r"x = \text{(B)}", "B"), ("f(x) = 2x", "y = 2x"),
+    ("x = 3, x = -1", "-1, 3"), (r"x = 3 \text{ or } x = -1", "-1,3"), ("2x - 2y + 2 = 0", "y = x + 1"),
+    ("0 = x + 2y - z", "x + 2y - z = 0"), ("3√10", r"3\sqrt{10}"), ("√51", r"\sqrt{51}"), ("13 m", "13"),
+    ("27 °F", "27"),
+    (r"\left(\begin{array}{cc} 1 & 2 \\ 3 & 4 \end{array}\right)", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"),
+    ("\\begin{bmatrix} 1 \\\\\n 2 \\\\ \\end{bmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"), ("£5", r"\pounds 5"),
+    (r"11,\! 111,\! 100", "11,111,100"), (r"\cot(x)", r"\cot x"), (r"2^(4950)", "2^{4950}"), (r"a \leq 5", r"a \le 5"),
 ]  # fmt: skip
 UNEQUAL = [
     ("12", "1 2"), ("1,2", "12"), ("-5", "5"), ("50%", "0.5"), ("", ""), (r"\text{}", ""), ("0", ""), ("$", "$"),
     ("(1,2)", "(2,1)"), ("(0,1)", "[0,1]"), ("(1,2)", "1"), ("3", "3,4"), ("even", "odd"), ("CBAD", "ABCD"),
     ("x+1", "x+2"), ("5x", "5"), ("1/3", "0.333"), ("9" * 200, "9" * 199), ("1e999999999", "2"), ("7:30", "7:3"),
     ("9^{999999999}", "3"), ("*", "* *"), ("2516_8", "2516"), ("B", "C"), ("1/0", "2/0"),
-    (r"\begin{matrix}1&2\end{matrix}", r"\begin{matrix}1\\2\end{matrix}"),
+    (r"\begin{matrix}1&2\end{matrix}", r"\begin{matrix}1\\2\end{matrix}"), ("x + y = 0", "x + 2y = 0"),
+    ("x = 3", "y = 3"), ("AB=9, CD=4", "AB=4, CD=9"), (r"\tan x = 2x", r"\cot x = 2x"), ("x = 5", "x = 6"),
 ]  # fmt: skip
 
 
@@ -169,12 +178,20 @@ RIGHT = [
     ("A: 26", "26"), ("It lasts 10-18 days", "18"),
     ("The answer is (B).", r"\text{(B)}"), ("The answer is even.", r"\text{even}"), (r"\boxed{x=5}", "5"),
     (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt2}"), ("#### 5", "2+3 = <<2+3=5>>5\n#### 5"),
-    ("It is 5-8=-3", "-3"),
+    ("It is 5-8=-3", "-3"), ("2516", "2516_8"), (r"\boxed{1011 \text{ (base 2)}}", "1011_2"), (r"\fbox{18}", "18"),
+    (r"so \boxed{14}. Can it be? The answer is yes!", "14"), ("🎉 The answer is 34! 🎉", "34"),
+    ("The answer is `34`.", "34"), ('The answer is "34".', "34"), ("She has 3.\n#### 18</s>", "18"),
+    ("The answer is 3, since 4 - 1 = 3 boxes and 2 - 1 = 1.", "3"), ("The answer is:\n\\[\nx+1\n\\]", "1+x"),
+    ("Thus\n<answer>x + 1</answer>", "1+x"), ("#### Cost of 3 apples\n\n3 * 5 = 15", "15"),
+    (r"It is $\$18.90$.", "18.90"),
+    ("Answer: x^8 + x^7 + x^6 + x^5 + x^4 + x^3 + 1", "1 + x^3 + x^4 + x^5 + x^6 + x^7 + x^8"),
 ]  # fmt: skip
 WRONG = [
     ("", "5"), (None, "5"), (5.5, "5"), ("#### ", "5"), ("#### ,", "5"), ("#### 15", "5"), ("-5", "5"), ("3/4", "4"),
     (r"\boxed{(3,5)}", "3"), (r"\boxed{5 or 3}", "5"), (r"\boxed{", "5"), (r"\boxed{5x}", "5"), ("5", ""), ("5", None),
     ("#### 18\n#### 19", "18"), ("hello", "5"), (r"\boxed{}", r"\boxed{}"), ("It costs $5 more than $6", "5"),
+    (r"\boxed{2517}", "2516_8"), (r"\boxed{2516_9}", "2516_8"), ("#### Cost of 3 apples\n\n3 * 5 = 15", "3"),
+    ("The answer is 4, since 4 - 1 = 3 boxes.", "3"), (r"Then 13. \fbox{14}", "13"),
 ]  # fmt: skip
 
 
