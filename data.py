@@ -113,25 +113,27 @@ MARKER = re.compile(r"#{4,}|\\(?:boxed|fbox)\b\s*|\banswers?\b[^\n.:=\\#]{0,60}?
                     re.I | re.M)  # fmt: skip
 FORMULA = re.compile(r"\$\$?\s{0,9}((?:\\.|[^$\\\s])(?:\\.|[^$\\\n])*)\s{0,9}\$|\\\(([^\n]{1,300}?)\\\)"
                      r"|\\\[\s{0,9}(\S[^\n]{0,300}?)\s{0,9}\\\]")  # fmt: skip
-NAME = re.compile(r"\\?[a-z]+(?:\([a-z]\))?|\([a-z, ]+\)")
+NAME = re.compile(r"\\?[a-z]+(?:\([a-z\d]\))?|\([a-z, ]+\)")
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\$-?)?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
 PROSE = re.compile(r"(?<![\\A-Za-z])(?!or\b|and\b)[A-Za-z]{2,}")
 SYMBOLS = str.maketrans({
     "−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "∞": r"\infty ", "π": r"\pi ", "√": " sqrt ", "≈": r"\approx "})
-TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf)\s*"
+TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|math(?:rm|bf|it)|boldsymbol|underline)\s*"
+RANGE = re.compile(r"(?<![^,∪])(?:([^<≤>≥=,∪]+)([<≤>≥]))?\s*[a-z]\s*(?:([<≤>≥])([^<≤>≥=,∪]+))?(?![^,∪])")
 REWRITES = [  # pattern, replacement
     (r"<<[^<>\n]*>>|\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])", ""), (r"\{,\}|,\s*\\!\s*", ","),
     (r"\\begin\{[a-z]?matrix\}|[(\[]?\s*\\begin\{array\}\s*\{[^{}]*\}", "["),
     (r"(?:\\\\\s*)?(?:\\end\{[a-z]?matrix\}|\\end\{array\}\s*[)\]]?)", "]"),
-    (r"\\\\", ";"), (r"\\[!,;: ]", ""), ("&", ","),
+    (r"\\\\", ";"), (r"\\[!,;: ]|\\q?quad(?![a-z])", ""), ("&", ","),
     (r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?|°)(?:\s*[CF]\b)?|\\?%|\\?\$|\*\*|[€£~]|\\pounds", " "),
     (r"(?<=[\d}])\s*\\approx.*", ""), (r"\\(?:approx|in)(?![A-Za-z])", "="),  # 2/3 \approx 0.67 is 2/3
-    (r"\\[dtc]frac", r"\\frac"), (r"\\(?:times|cdot)(?![A-Za-z])", "*"), (r"\\(le|ge|ne)q(?:slant)?(?![a-z])", r"\\\1"),
+    (r"\\[dtc]frac", r"\\frac"), (r"\\(?:times|cdot)(?![A-Za-z])", "*"), (r"\\le(?:q|qslant)?(?![a-z])", "≤"),
+    (r"\\ge(?:q|qslant)?(?![a-z])", "≥"), (r"\\mathbb\{?R\}?", r"(-\\infty,\\infty)"), (r"\\varnothing", r"\\emptyset"),
     (TEXT + r"\{[\s,]*(?:or|and)\s*\}|(?<=[\d\s])(?:or|and)\s", ","),
-    (r"(?<=[\d)}])\s*" + TEXT + r"\{[^{}]*\}(?:\^\{?\d\}?)?[\s.]*$", ""),  # 15\text{ cm}^2 is 15, not 225
+    (r"(?<=[^=,(\s])\s*" + TEXT + r"\{[^{}]*\}(?:\^\{?\d\}?)?[\s.]*$", ""),  # 15\text{ cm}^2 is 15, not 225
     (TEXT + r"\{([^{}]*)\}", r" \1 "),
-    (r"(?<=[\d)}])(?:\s+(?:[A-Za-z]{3,}|m\b)|\s*(?:mm|cm|km|kg|ft|mph|hrs?|min|[ap]\.m)\b)[A-Za-z\s.]*(?:\^\{?[23]\}?)?$",
-     ""),
+    (r"(?<=[\d)}])(?:\s+(?:[A-Za-z]{3,}|m\b)|\s*(?:mm|cm|km|kg|ft|mph|hrs?|min|(?i:[ap]\.?m))\b)[A-Za-z\s./]*"
+     r"(?:\^\{?[23]\}?)?$", ""), (r"(?<![\d:.])0(?=\d:)", ""),
     (r"(?<=\d)[eE]([-+]?\d{1,3})\b", r"*10^{\1}"), (r"(\d)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
     (r"\\(frac|sqrt)\s*(\d)", r"\\\1{\2}"), (r"(?<!\\)sqrt\s*(\d+)", r"\\sqrt{\1}"),  # LaTeX takes one digit: \frac34
     (r"(?<![\d.^])(\d+)\s*(\\frac\{\d+\}\s*(?:\d|\{\d+\}))", r"(\1+\2)"),  # 3\frac{1}{2}
@@ -217,7 +219,16 @@ def _normalise(answer):
         answer = re.sub(pattern, new, answer).strip().rstrip(".,:")
     if answer[:1] not in ("(", "[", "⦃"):  # in brackets a comma separates: (100,101) is a pair, 100,101 a number
         answer = re.sub(r"(?<![\d,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), answer)
-    return answer.lower()
+    return RANGE.sub(_interval, answer.lower())
+
+
+def _interval(match):
+    r"""'(2,5]' for '2 < x ≤ 5' or '5 ≥ x > 2', '(2,\infty)' for 'x > 2'; a lone 'x' stays."""
+    low, left, right, high = match.groups(default="")
+    if (left or right) in ">≥":
+        low, left, right, high = high, right, left, low
+    opening, closing = "([(["["<≤>≥".find(left)], ")])]"["<≤>≥".find(right)]
+    return opening + (low or r"-\infty") + "," + (high or r"\infty") + closing if left or right else match[0]
 
 
 def _elements(text):
@@ -229,14 +240,17 @@ def _elements(text):
     parts = [text[i + 1 : j].strip() for i, j in pairwise([paired - 1, *cuts, len(text) - paired])]
     parts = [part.replace("\\pm", s) for part in parts if part for s in ("+-" if "\\pm" in part else "+")]
     brackets = text[0] + text[-1] if paired else ""
-    return brackets.replace("⦃⦄", "") + ";" * text.count(";"), parts
+    return brackets.replace("⦃⦄", "") + ";" * text.count(";") * paired, parts
 
 
 def _stated(text):
     """What an equation states, 5: 'x = 5', '2 + 3 = 5', '5 = x'."""
     kind, parts = _elements(text)
     sides = text.split("=") if len(parts) == 1 and not kind else [text]
-    return min(sides[-1:] + sides[:1], key=lambda side: bool(NAME.fullmatch(side.strip()))).strip()
+    first, last = sides[0].strip(), sides[-1].strip()
+    if NAME.fullmatch(first) or not NAME.fullmatch(last):
+        return last if last != "0" or NAME.fullmatch(first) else text  # the plane x + y + z = 0 is no 0
+    return first
 
 
 def _same(a, b):
@@ -323,7 +337,7 @@ def _power(base, exponent):
 
 
 OPERATORS = {"+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.mul), "/": (2, operator.truediv),
-             "^": (4, _power)}  # how tightly it binds (a sign: 3), and what it does
+             ":": (2, operator.truediv), "^": (4, _power)}  # how tightly it binds (a sign: 3), and what it does
 
 
 # --- Steps, distances, equations ---

@@ -139,7 +139,13 @@ EQUAL = [
     ("27 °F", "27"),
     (r"\left(\begin{array}{cc} 1 & 2 \\ 3 & 4 \end{array}\right)", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"),
     ("\\begin{bmatrix} 1 \\\\\n 2 \\\\ \\end{bmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"), ("£5", r"\pounds 5"),
-    (r"11,\! 111,\! 100", "11,111,100"), (r"\cot(x)", r"\cot x"), (r"2^(4950)", "2^{4950}"), (r"a \leq 5", r"a \le 5"),
+    (r"11,\! 111,\! 100", "11,111,100"), (r"\cot(x)", r"\cot x"), (r"2^(4950)", "2^{4950}"),
+    ("a < b \\leq 5", r"a < b \le 5"),
+    ("x > 5", r"(5,\infty)"), (r"3 \ge x > -2", "(-2,3]"),
+    (r"x < 2 \text{ or } x \geq 3", r"(-\infty,2)\cup[3,\infty)"),
+    (r"\mathbf{v} = \begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"), ("5; 7", "5,7"),
+    ("5:30 PM", r"5\!:\!30 \text{ p.m.}"), ("05:00", "5:00"), (r"\frac{3}{5}", "3:5"), (r"25\pi\text{ cm}^3", r"25\pi"),
+    (r"\mathbb{R}", r"(-\infty,\infty)"), (r"\varnothing", r"\emptyset"), (r"\boldsymbol{5}", "5"), (r"\quad 5", "5"),
 ]  # fmt: skip
 UNEQUAL = [
     ("12", "1 2"), ("1,2", "12"), ("-5", "5"), ("50%", "0.5"), ("", ""), (r"\text{}", ""), ("0", ""), ("$", "$"),
@@ -147,7 +153,8 @@ UNEQUAL = [
     ("x+1", "x+2"), ("5x", "5"), ("1/3", "0.333"), ("9" * 200, "9" * 199), ("1e999999999", "2"), ("7:30", "7:3"),
     ("9^{999999999}", "3"), ("*", "* *"), ("2516_8", "2516"), ("B", "C"), ("1/0", "2/0"),
     (r"\begin{matrix}1&2\end{matrix}", r"\begin{matrix}1\\2\end{matrix}"), ("x + y = 0", "x + 2y = 0"),
-    ("x = 3", "y = 3"), ("AB=9, CD=4", "AB=4, CD=9"), (r"\tan x = 2x", r"\cot x = 2x"), ("x = 5", "x = 6"),
+    ("x = 3", "y = 3"), ("AB=9, CD=4", "AB=4, CD=9"), (r"\tan x = 2x", r"\cot x = 2x"), ("x + y + z = 0", "0"),
+    (r"x \ge 5", r"(5,\infty)"), ("x > 5", r"(-\infty,5)"), ("x < y", "(0,y)"), ("x = 5", "x = 6"),
 ]  # fmt: skip
 
 
