@@ -22,7 +22,7 @@ import operator
 import random
 import re
 import zlib
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -108,11 +108,12 @@ def format_prompt(prompt_format, question):
 # --- Answers: find the final one, normalise it, read its value ---
 
 ANNOTATION = re.compile(r"<<[^<>\n]*>>")
-TAGS = re.compile(r"</\w+>|<\|\w+\|>|\*\*")  # the end of <answer>18</answer>, the end of text, bold type
+TAGS = re.compile(r"</\w+>|<\|\w+\|>|(?<!\w)\*\*|\*\*(?!\w)")  # the end of <answer>18</answer>, the end of text, bold type
 MARKER = re.compile(r"#{4,}|\\(?:boxed|fbox)\b\s*|\banswers?\b[^\n.:=\\#]{0,60}?(?:\bis\b|\bare\b|[:=])|<answer>|^A:",
                     re.I | re.M)  # fmt: skip
 FORMULA = re.compile(r"\$\$?\s{0,9}((?:\\.|[^$\\\s])(?:\\.|[^$\\\n])*)\s{0,9}\$|\\\(([^\n]{1,300}?)\\\)"
                      r"|\\\[\s{0,9}(\S[^\n]{0,300}?)\s{0,9}\\\]")  # fmt: skip
+BOLD = re.compile(r"\*\*(?!\d+[.)]\s)([-$]*\d[^*\n:]*)\*\*")
 NAME = re.compile(r"\\?[a-z]+(?:\([a-z\d]\))?|\([a-z, ]+\)")
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\$-?)?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
 PROSE = re.compile(r"(?<![\\A-Za-z])(?!or\b|and\b)[A-Za-z]{2,}")
@@ -122,12 +123,12 @@ TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|math(?:rm|bf|it)|boldsymbol|underlin
 RANGE = re.compile(r"(?<![^,∪])(?:([^<≤>≥=,∪]+)([<≤>≥]))?\s*[a-z]\s*(?:([<≤>≥])([^<≤>≥=,∪]+))?(?![^,∪])")
 REWRITES = [  # pattern, replacement
     (r"<<[^<>\n]*>>|\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])", ""), (r"\{,\}|,\s*\\!\s*", ","),
-    (r"\\begin\{[a-z]?matrix\}|[(\[]?\s*\\begin\{array\}\s*\{[^{}]*\}", "["),
-    (r"(?:\\\\\s*)?(?:\\end\{[a-z]?matrix\}|\\end\{array\}\s*[)\]]?)", "]"),
+    (r"\\begin\{[a-z]matrix\}|[(\[]?\s*\\begin\{(?:matrix|array\}\s*\{[^{}]*)\}", "["),
+    (r"(?:\\\\\s*)?(?:\\end\{[a-z]matrix\}|\\end\{(?:matrix|array)\}\s*[)\]]?)", "]"),
     (r"\\\\", ";"), (r"\\[!,;: ]|\\q?quad(?![a-z])", ""), ("&", ","),
-    (r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?|°)(?:\s*[CF]\b)?|\\?%|\\?\$|\*\*|[€£~]|\\pounds", " "),
+    (r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?|°)(?:\s*[CF]\b)?|\\?%|\\?\$|[€£~]|\\pounds", " "),
     (r"(?<=[\d}])\s*\\approx.*", ""), (r"\\(?:approx|in)(?![A-Za-z])", "="),  # 2/3 \approx 0.67 is 2/3
-    (r"\\[dtc]frac", r"\\frac"), (r"\\(?:times|cdot)(?![A-Za-z])", "*"), (r"\\le(?:q|qslant)?(?![a-z])", "≤"),
+    (r"\\[dtc]frac", r"\\frac"), (r"\*\*", "^"), (r"\\(?:times|cdot)(?![A-Za-z])", "*"), (r"\\le(?:q|qslant)?(?![a-z])", "≤"),
     (r"\\ge(?:q|qslant)?(?![a-z])", "≥"), (r"\\mathbb\{?R\}?", r"(-\\infty,\\infty)"), (r"\\varnothing", r"\\emptyset"),
     (TEXT + r"\{[\s,]*(?:or|and)\s*\}|(?<=[\d\s])(?:or|and)\s", ","),
     (r"(?<=[^=,(\s])\s*" + TEXT + r"\{[^{}]*\}(?:\^\{?\d\}?)?[\s.]*$", ""),  # 15\text{ cm}^2 is 15, not 225
@@ -196,8 +197,10 @@ def is_correct(response, gold):
         clause = re.split(r"[,;]\s+[a-z]|\s\(", marked)[0]
         numbers = NUMBER.findall(clause.rpartition("=")[2].translate(SYMBOLS))[:1]
     else:  # 'So she makes $18 a day.': the last number of the last line with one
-        line = next((line for line in reversed(text.split("\n")) if re.search(r"\d", line)), "")
-        numbers = NUMBER.findall(line.translate(SYMBOLS))[-1:]
+        lines = ANNOTATION.sub("", str(response)[-MAX_TAIL:]).split("\n")
+        line = next((line for line in reversed(lines) if re.search(r"\d", line)), "")
+        bold = BOLD.findall(line)  # 'She makes **$18** from 9 eggs.'
+        numbers = NUMBER.findall((bold or [line.replace("**", "")])[-1].translate(SYMBOLS))[-1:]
     return bool(numbers) and answers_equal(numbers[0], gold)
 
 
@@ -274,7 +277,8 @@ def _same(a, b):
     if kind != other or len(left) != len(right) or len(left) > 40:
         return False
     if len(left) == 1:
-        a, b = (re.sub(r"[{(](\\?\w+)[)}]", r"\1", re.sub(r"[\s*]", "", part)) for part in left + right)
+        a, b = (" ".join(re.findall(r"\d+|\\[a-z]+|[^\s*]", part)) for part in left + right)
+        a, b = (re.sub(r"[{(] (?:\( )?(\S+)(?: \))? [)}]", r"\1", part) for part in (a, b))  # \cot{(x)} is \cot x
         return a == b != ""
     for part in left:  # sets and bare lists in any order, all others in theirs
         match = next((i for i, q in enumerate(right if not kind else right[:1]) if _same(part, q)), None)
@@ -493,8 +497,7 @@ SLIPS = 0.1  # share of the spurious steps that are slips in a sum
 
 def zipf(rng, items):
     """One of `items`, the i-th with probability ~ i^-ZIPF: a heavy tail of rare skills, as in language."""
-    weights = _heavy_tail(len(items))
-    return items[bisect_right(weights, rng.random() * weights[-1], 0, len(items) - 1)]
+    return rng.choices(items, cum_weights=_heavy_tail(len(items)))[0]
 
 
 @cache
