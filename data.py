@@ -108,7 +108,7 @@ def format_prompt(prompt_format, question):
 # --- Answers: find the final one, normalise it, read its value ---
 
 ANNOTATION = re.compile(r"<<[^<>\n]*>>")
-TAGS = re.compile(r"</\w+>|<\|\w+\|>|(?<!\w)\*\*|\*\*(?!\w)")  # the end of <answer>18</answer>, the end of text, bold type
+TAGS = re.compile(r"</\w+>|<\|\w+\|>|(?<!\w)\*\*|\*\*(?!\w)")  # closing tags, the end of text, bold type
 MARKER = re.compile(r"#{4,}|\\(?:boxed|fbox)\b\s*|\banswers?\b[^\n.:=\\#]{0,60}?(?:\bis\b|\bare\b|[:=])|<answer>|^A:",
                     re.I | re.M)  # fmt: skip
 FORMULA = re.compile(r"\$\$?\s{0,9}((?:\\.|[^$\\\s])(?:\\.|[^$\\\n])*)\s{0,9}\$|\\\(([^\n]{1,300}?)\\\)"
@@ -128,8 +128,9 @@ REWRITES = [  # pattern, replacement
     (r"\\\\", ";"), (r"\\[!,;: ]|\\q?quad(?![a-z])", ""), ("&", ","),
     (r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?|°)(?:\s*[CF]\b)?|\\?%|\\?\$|[€£~]|\\pounds", " "),
     (r"(?<=[\d}])\s*\\approx.*", ""), (r"\\(?:approx|in)(?![A-Za-z])", "="),  # 2/3 \approx 0.67 is 2/3
-    (r"\\[dtc]frac", r"\\frac"), (r"\*\*", "^"), (r"\\(?:times|cdot)(?![A-Za-z])", "*"), (r"\\le(?:q|qslant)?(?![a-z])", "≤"),
-    (r"\\ge(?:q|qslant)?(?![a-z])", "≥"), (r"\\mathbb\{?R\}?", r"(-\\infty,\\infty)"), (r"\\varnothing", r"\\emptyset"),
+    (r"\\[dtc]frac", r"\\frac"), (r"\*\*", "^"), (r"\\(?:times|cdot)(?![A-Za-z])", "*"),
+    (r"\\le(?:q|qslant)?(?![a-z])", "≤"), (r"\\ge(?:q|qslant)?(?![a-z])", "≥"), (r"\\varnothing", r"\\emptyset"),
+    (r"\\mathbb\{?R\}?", r"(-\\infty,\\infty)"),
     (TEXT + r"\{[\s,]*(?:or|and)\s*\}|(?<=[\d\s])(?:or|and)\s", ","),
     (r"(?<=[^=,(\s])\s*" + TEXT + r"\{[^{}]*\}(?:\^\{?\d\}?)?[\s.]*$", ""),  # 15\text{ cm}^2 is 15, not 225
     (TEXT + r"\{([^{}]*)\}", r" \1 "),
@@ -251,9 +252,9 @@ def _stated(text):
     kind, parts = _elements(text)
     sides = text.split("=") if len(parts) == 1 and not kind else [text]
     first, last = sides[0].strip(), sides[-1].strip()
-    if NAME.fullmatch(first) or not NAME.fullmatch(last):
-        return last if last != "0" or NAME.fullmatch(first) else text  # the plane x + y + z = 0 is no 0
-    return first
+    if NAME.fullmatch(first):
+        return last
+    return text if last == "0" else first if NAME.fullmatch(last) else last  # the plane x + y + z = 0 is no 0
 
 
 def _same(a, b):
