@@ -207,7 +207,7 @@ class EvaluateConfig:
     seed: int = flag(0, "of the random streams")
     slots: int = flag(0, "rows that decode together; 0 = as fits in memory")
     device: str = flag("", "cpu or cuda; empty = cuda where there is one")
-    dtype: str = flag("", "float32, bfloat16 or float16; empty = bfloat16 on cuda, else float32")
+    dtype: str = flag("", "float32 or bfloat16; empty = bfloat16 on cuda, else float32")
     threads: int = flag(0, "CPU threads; 0 = two for a small model, else all cores")
 
 

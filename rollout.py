@@ -262,7 +262,7 @@ def keep_freed_memory():
 
 def load_policy(folder, config, train=False):
     """The model and tokenizer in `folder`, on the device and in the dtype that `config` names or that suit it. A model
-    to train has fp32 weights, and the dtype is that of its activations: bf16 weights would lose small updates."""
+    to train has weights of `config.weights`, and the dtype is that of its activations."""
     if not folder:
         raise UsageError("--model is missing; expected a Hugging Face folder with model.safetensors; name one")
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -272,7 +272,7 @@ def load_policy(folder, config, train=False):
     try:
         if WORLD > 1 and device == "cuda":
             torch.cuda.set_device(LOCAL_RANK)
-        model = GPT.from_pretrained(folder, dtype=torch.float32 if train else getattr(torch, dtype), device=device)
+        model = GPT.from_pretrained(folder, getattr(torch, config.weights if train else dtype), device)
     except (RuntimeError, AssertionError) as error:  # torch's own words for a device that is not there
         raise UsageError(f"--device {device}: {str(error).splitlines()[0]}; expected cpu or cuda; choose one") from None
     small = sum(p.numel() for p in model.parameters()) < 5_000_000

@@ -33,7 +33,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +104,56 @@ def awr_weights(values, ends, beta, largest=20.0):
     steps = advantages(values)
     weights = [min(largest, math.exp(a / beta)) for a in steps]
     return [w for w, start, end in zip(weights, [0, *ends[:-1]], ends, strict=True) for _ in range(end - start)]
+
+
+# ---------------------------------------------------------------- bf16 weights
+
+
+def round_stochastically(x, generator):
+    """float32 x to a neighbour in bf16, in place: up with the chance of its distance from the lower one, so that it is
+    right on average. bf16 is the upper half of float32: a random lower half, added, carries over with that chance."""
+    bits = torch.randint(2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    x.view(torch.int32).add_(bits).bitwise_and_(-(2**16))
+    return x
+
+
+class RoundingAdamW(torch.optim.Optimizer):
+    """AdamW on bf16 weights, gradients and moments: 8 bytes a parameter instead of 16. At a small rate most updates are
+    below half of a weight's last bit, as are those of the second moment (at most 1% a step): to nearest they would all
+    be lost, stochastically they arrive on average. The arithmetic is float32, `chunk` numbers at a time.
+
+    The random bits are a function of (seed, step, parameter, process): a resumed run is the undisturbed one bit for
+    bit; another number of processes is another draw. Gradients are still rounded to nearest, each time a micro-batch is
+    added: a few are harmless, hundreds lose the small ones, so give --micro-tokens the memory that is left.
+    """
+
+    def __init__(self, parameters, seed, chunk=2**22, **options):
+        super().__init__(parameters, dict(eps=1e-8) | options)
+        self.seed, self.chunk = seed, chunk
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for i, p in enumerate(group["params"]):
+                state = self.state[p]
+                if not state:
+                    state |= dict(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                state["step"] += 1
+                self.update(p, p.grad, state, group, [self.seed, int(state["step"]), i, RANK])
+
+    def update(self, p, grad, state, group, stream):
+        (b1, b2), lr, t = group["betas"], group["lr"], stream[1]
+        generator = torch.Generator(p.device).manual_seed(int(np.random.default_rng(stream).integers(2**63)))
+        held = [p, state["exp_avg"], state["exp_avg_sq"], grad]
+        held = [(x.to_local() if WORLD > 1 else x).view(-1).split(self.chunk) for x in held]
+        for kept in zip(*held, strict=True):
+            w, m, v, g = (x.float() for x in kept)
+            m.lerp_(g, 1 - b1)
+            v.lerp_(g.square_(), 1 - b2)
+            size = (v / (1 - b2**t)).sqrt_().add_(group["eps"])
+            w.mul_(1 - lr * group["weight_decay"]).addcdiv_(m, size, value=-lr / (1 - b1**t))
+            for old, new in zip(kept, (w, m, v), strict=False):
+                old.copy_(round_stochastically(new, generator))
 
 
 # ---------------------------------------------------------------- the loop
@@ -243,13 +293,16 @@ def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=Non
     steps = max(1, round(epochs * n / c.batch))
     model.gradient_checkpointing = bool(c.gradient_checkpointing)
     device = next(model.parameters()).device.type
-    precision = torch.autocast(device, torch.bfloat16, enabled=policy.dtype == "bfloat16", cache_enabled=WORLD == 1)
+    half = model.norm.weight.dtype == torch.bfloat16  # then activations are bf16 without autocast
+    autocast = policy.dtype == "bfloat16" and not half
+    precision = torch.autocast(device, torch.bfloat16, enabled=autocast, cache_enabled=WORLD == 1)
     with precision:
         add_reference(model, pairs, c.micro_tokens)
     if WORLD > 1:
         shard(model)
     weights = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(weights.values(), lr=lr, betas=(0.9, 0.99), weight_decay=c.weight_decay, fused=True)
+    kind = partial(RoundingAdamW, seed=c.seed) if half else partial(torch.optim.AdamW, fused=True)
+    optimizer = kind(weights.values(), lr=lr, betas=(0.9, 0.99), weight_decay=c.weight_decay)
     start = load_checkpoint(checkpoint_path, weights, optimizer, steps)
     cut_log(log_path, name, start)
     if not start:
@@ -358,8 +411,8 @@ def load_checkpoint(path, weights, optimizer, steps):
         with torch.no_grad():
             for name, p in weights.items():
                 state = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("weight", "exp_avg", "exp_avg_sq")}
-                if step < 1 or any(t.shape != p.shape for t in state.values()):  # copy_ would stretch it
-                    raise TypeError(f"step {step}, or a shape of {name}, is not of this run")
+                if step < 1 or any((t.shape, t.dtype) != (p.shape, p.dtype) for t in state.values()):  # copy_ stretches
+                    raise TypeError(f"step {step}, or a shape or dtype of {name}, is not of this run")
                 if WORLD > 1:
                     state = {key: distribute_tensor(t, p.device_mesh, p.placements) for key, t in state.items()}
                 p.copy_(state.pop("weight"))
@@ -482,7 +535,11 @@ class TrainConfig:
     eval_samples: int | None = flag(None, "samples per test problem for pass@k and maj@k; 0 = greedy only")
     slots: int = flag(0, "rows that decode together; 0 = as fits in memory")
     device: str = flag("", "cpu or cuda; empty = cuda where there is one")
-    dtype: str = flag("", "float32, bfloat16 or float16; empty = bfloat16 on cuda, else float32")
+    dtype: str = flag("", "of activations, and of weights in sampling: float32 or bfloat16; empty = bfloat16 on cuda, "
+                      "else float32")
+    weights: str = flag("float32", "of weights, gradients and AdamW's moments in training: float32 (16 bytes a "
+                        "parameter) or bfloat16 (8; stochastic rounding, and activations are bf16 too)",
+                        choices="float32 bfloat16")
     threads: int = flag(0, "CPU threads; 0 = two for a small model, else all cores")
 
 
@@ -512,7 +569,7 @@ def make_base(c):
         model_type="llama", vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=192, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_id))  # fmt: skip
-    policy = Policy(GPT(config), tokenizer, c.prompt)
+    policy = Policy(GPT(config).to(getattr(torch, c.weights)), tokenizer, c.prompt)
     examples = []
     for steps, distractors in itertools.product((1, 2, 3), (0, 1, 2)):
         problems = load_problems("arithmetic", "train", c.limit // 9, 1000, 0.0, steps, distractors)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from data import builtin_tokenizer, load_problems
 from model import GPT, Config
-from rollout import Policy, UsageError, parse
+from rollout import Policy, UsageError, load_policy, parse
 from train import (
     Example,
     TrainConfig,
@@ -338,6 +338,116 @@ def test_theorem_6_1_in_a_table():
     assert distance(SFT, want) > 0.5
 
 
+# --- bf16 weights ---
+
+
+def rounded(x, seed=0):
+    return train.round_stochastically(x.clone(), torch.Generator().manual_seed(seed))
+
+
+def test_stochastic_rounding_is_right_on_average():
+    """A bias of half a bit, which thousands of steps add up; a number that has a bf16 moved off it; rounding of
+    negative numbers towards zero only."""
+    n, ulp = 2**17, 2.0**-7
+    for share in (0.0, 0.1, 0.5, 0.9):  # of the way from 1 to its upper neighbour in bf16
+        for sign in (1.0, -1.0):
+            x = torch.full((n,), sign * (1 + share * ulp))
+            y = rounded(x)
+            assert torch.equal(y, y.bfloat16().float()) and set(y.abs().tolist()) <= {1.0, 1 + ulp}
+            deviation = ulp * math.sqrt(share * (1 - share) / n)
+            assert abs(y.double().mean() - x.double().mean()) <= 4 * deviation
+    exact = torch.cat([torch.randn(1000) * 10.0**e for e in range(-30, 30)]).bfloat16().float()
+    exact = torch.cat([exact, torch.tensor([0.0, -0.0, float("inf"), -float("inf")])])
+    assert torch.equal(rounded(exact), exact)
+
+
+def small_steps(steps=200, lr=1e-4, **options):
+    """A weight of 1 after `steps` updates of lr against a constant gradient, 4096 times; a bf16's half ulp is 2e-3."""
+    p = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    optimizer = train.RoundingAdamW([p], 0, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, **options)
+    for _ in range(steps):
+        p.grad = torch.full_like(p, 0.25)
+        optimizer.step()
+    return p.detach().float()
+
+
+def test_updates_below_half_an_ulp_arrive(monkeypatch):
+    """Every small update lost by rounding to nearest, so that nothing is learned at a low rate; one draw for all
+    numbers, steps or chunks, so that they move together."""
+    moved = small_steps()
+    assert moved.mean() == pytest.approx(1 - 200 * 1e-4, abs=5e-4) and len(moved.unique()) > 3
+    chunked = small_steps(chunk=1000)
+    assert chunked.mean() == pytest.approx(1 - 200 * 1e-4, abs=5e-4)
+    parts = chunked.flatten()[:4000].split(1000)
+    assert not any(torch.equal(parts[0], part) for part in parts[1:])
+    monkeypatch.setattr(train, "round_stochastically", lambda x, _: x)  # copy_ then rounds to nearest
+    assert (small_steps() == 1).all()
+
+
+def test_rounding_adamw_is_adamw():
+    """Another optimizer under the same name: a bias correction, the decay or a moment forgotten. One step from the same
+    state is torch's in float32, up to one bf16 rounding; twenty steps stay near it."""
+    torch.manual_seed(1)
+    p, options = torch.nn.Parameter(torch.randn(300).bfloat16()), dict(lr=0.02, betas=(0.9, 0.99), weight_decay=0.1)
+    q = torch.nn.Parameter(p.detach().float())
+    mine, torchs = train.RoundingAdamW([p], 5, **options), torch.optim.AdamW([q], **options)
+    for step in range(20):
+        p.grad = torch.randn(300).bfloat16() * (1 + step % 3)
+        q.grad = p.grad.float()
+        mine.step(), torchs.step()
+        states = zip((p, *(mine.state[p][k] for k in ("exp_avg", "exp_avg_sq"))),
+                     (q, *(torchs.state[q][k] for k in ("exp_avg", "exp_avg_sq"))), strict=True)  # fmt: skip
+        for a, b in states:
+            assert (a.float() - b).abs().max() <= b.abs().max() * 2.0**-7 * math.sqrt(step + 1)
+    assert p.dtype == mine.state[p]["exp_avg"].dtype == mine.state[p]["exp_avg_sq"].dtype == torch.bfloat16
+
+
+def fit_base(folder, lr, steps=32, **changes):
+    """NLL by step of the built-in base on 160 problems of the teacher."""
+    c = config(batch=16, seed=0, **changes)
+    policy = load_policy(train.BASE, c, train=True)
+    problems = load_problems("arithmetic", "train", 160, 0, 0.2, 4, 2)
+    examples = [train.example(policy, p, TOKENIZER.encode(p.solution) + [EOS]) for p in problems]
+    fit(policy, folder / "sft", folder / "m.csv", examples, [], c, epochs=steps / 10, lr=lr)
+    return policy, np.array([float(row["nll"]) for row in log_rows(folder / "m.csv")])
+
+
+def test_bf16_weights_follow_fp32s_curve(tmp_path, monkeypatch):
+    """bf16 weights that learn less than fp32 ones. At rate 1e-4 most updates are below half an ulp; the loss falls by
+    1.1, stochastic rounding stays within 0.05 of it in every step, and rounding to nearest falls behind by 0.2."""
+    _, want = fit_base(tmp_path / "32", 1e-4)
+    policy, got = fit_base(tmp_path / "16", 1e-4, weights="bfloat16")
+    assert want[0] - want[-4:].mean() > 0.9
+    assert abs(got - want).max() < 0.05 and abs((got - want)[-8:].mean()) < 0.02
+    saved = GPT.from_pretrained(tmp_path / "16" / "sft", dtype=torch.bfloat16)
+    assert torch.equal(saved.embed_tokens.weight, policy.model.embed_tokens.weight), "saved as held"
+    monkeypatch.setattr(train, "round_stochastically", lambda x, _: x)
+    _, nearest = fit_base(tmp_path / "nearest", 1e-4, weights="bfloat16")
+    assert (nearest - want)[-8:].mean() > 0.2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_weights_flag(tmp_path, dtype):
+    """A flag that changes the dtype of a part: fp32 moments beside bf16 weights, or a checkpoint of the other dtype
+    that is cast in silence. At step 0 Eq. 1 is ln 2 in both."""
+    policy = load_policy(train.BASE, config(weights=dtype), train=True)
+    kind, pairs = getattr(torch, dtype), pairs_of(8)
+    assert {p.dtype for p in policy.model.parameters()} == {kind}
+    add_reference(policy.model, pairs, 9999)
+    log = backward(policy.model, [], pairs, config(weights=dtype, nll=0.0))
+    assert log["dpo"] == pytest.approx(math.log(2), abs=0.02 if dtype == "bfloat16" else 1e-6)
+    assert {p.grad.dtype for p in policy.model.parameters()} == {kind}
+    weights = {"w": torch.zeros(4, 3, dtype=torch.bfloat16, requires_grad=True)}
+    tensors = {f"{key}.w": torch.zeros(4, 3, dtype=kind) for key in ("weight", "exp_avg", "exp_avg_sq")}
+    train.save_file(tensors, tmp_path / "c.safetensors", metadata={"step": "3"})
+    optimizer = train.RoundingAdamW(weights.values(), 0, lr=0.1, betas=(0.9, 0.99), weight_decay=0.0)
+    if dtype == "bfloat16":
+        assert train.load_checkpoint(tmp_path / "c.safetensors", weights, optimizer, 9) == 3
+    else:
+        with pytest.raises(UsageError, match="shape or dtype"):
+            train.load_checkpoint(tmp_path / "c.safetensors", weights, optimizer, 9)
+
+
 # --- the loop ---
 
 
@@ -356,6 +466,7 @@ def log_rows(path):
 
 def train_once(folder, c, examples, pairs, **options):
     policy = make_policy()
+    policy.model.to(getattr(torch, c.weights))
     fit(policy, folder / "neg", folder / "metrics.csv", copy.deepcopy(examples), copy.deepcopy(pairs), c, epochs=3.0,
         lr=1e-2, **options)  # fmt: skip
     return policy
@@ -374,12 +485,13 @@ def break_at(monkeypatch, step, error=KeyboardInterrupt):
     monkeypatch.setattr(train, "backward", counted)
 
 
-@pytest.mark.parametrize("kind", ["nll", "dpo", "both", "awr"])
+@pytest.mark.parametrize("kind", ["nll", "dpo", "both", "awr", "bfloat16"])
 def test_resume_is_exact(tmp_path, monkeypatch, kind):
     """Resume that skips or repeats a batch (nano-aha-moment), losses that jump after it (transformers#33336), lines of
-    metrics.csv twice: N steps must equal k, a stop, and N - k, bit for bit."""
+    metrics.csv twice: N steps must equal k, a stop, and N - k, bit for bit, with stochastic rounding too."""
     examples = examples_of(9, weights=kind == "awr") if kind != "dpo" else []
     pairs, c = pairs_of(11) if kind in ("dpo", "both") else [], config(nll=0.5 * (kind == "both"), save_seconds=1e9)
+    c = replace(c, weights=kind if kind == "bfloat16" else c.weights)
     whole = train_once(tmp_path / "whole", c, examples, pairs)
     rows = log_rows(tmp_path / "whole" / "metrics.csv")
     steps = round(3 * (len(examples) or len(pairs)) / 4)
