@@ -32,8 +32,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -101,8 +100,7 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
 
 def awr_weights(values, ends, beta, largest=20.0):
     """Eq. 4's weight of every token of a solution: exp(A_i / beta) of its step, at most `largest`."""
-    steps = advantages(values)
-    weights = [min(largest, math.exp(a / beta)) for a in steps]
+    weights = [min(largest, math.exp(a / beta)) for a in advantages(values)]
     return [w for w, start, end in zip(weights, [0, *ends[:-1]], ends, strict=True) for _ in range(end - start)]
 
 
@@ -119,41 +117,38 @@ def round_stochastically(x, generator):
 
 class RoundingAdamW(torch.optim.Optimizer):
     """AdamW on bf16 weights, gradients and moments: 8 bytes a parameter instead of 16. At a small rate most updates are
-    below half of a weight's last bit, as are those of the second moment (at most 1% a step): to nearest they would all
-    be lost, stochastically they arrive on average. The arithmetic is float32, `chunk` numbers at a time.
+    below half of a weight's last bit, as are those of the second moment (at most 1% a step): to nearest they would be
+    lost, stochastically they arrive on average. The arithmetic is float32, `chunk` numbers at a time. The random bits
+    are a function of (seed, step, parameter, process): a resumed run is the undisturbed one bit for bit.
 
-    The random bits are a function of (seed, step, parameter, process): a resumed run is the undisturbed one bit for
-    bit; another number of processes is another draw. Gradients are still rounded to nearest, each time a micro-batch is
-    added: a few are harmless, hundreds lose the small ones, so give --micro-tokens the memory that is left.
-    """
+    Gradients are still summed in bf16, to nearest: hundreds of micro-batches lose what is small, and so does, on a CPU,
+    the embedding of a token met hundreds of times in one micro-batch (torch adds it token by token)."""
 
-    def __init__(self, parameters, seed, chunk=2**22, **options):
-        super().__init__(parameters, dict(eps=1e-8) | options)
-        self.seed, self.chunk = seed, chunk
+    def __init__(self, parameters, **options):
+        super().__init__(parameters, dict(eps=1e-8, chunk=2**22) | options)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            lr, (b1, b2) = group["lr"], group["betas"]
             for i, p in enumerate(group["params"]):
                 state = self.state[p]
                 if not state:
                     state |= dict(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
                 state["step"] += 1
-                self.update(p, p.grad, state, group, [self.seed, int(state["step"]), i, RANK])
-
-    def update(self, p, grad, state, group, stream):
-        (b1, b2), lr, t = group["betas"], group["lr"], stream[1]
-        generator = torch.Generator(p.device).manual_seed(int(np.random.default_rng(stream).integers(2**63)))
-        held = [p, state["exp_avg"], state["exp_avg_sq"], grad]
-        held = [(x.to_local() if WORLD > 1 else x).view(-1).split(self.chunk) for x in held]
-        for kept in zip(*held, strict=True):
-            w, m, v, g = (x.float() for x in kept)
-            m.lerp_(g, 1 - b1)
-            v.lerp_(g.square_(), 1 - b2)
-            size = (v / (1 - b2**t)).sqrt_().add_(group["eps"])
-            w.mul_(1 - lr * group["weight_decay"]).addcdiv_(m, size, value=-lr / (1 - b1**t))
-            for old, new in zip(kept, (w, m, v), strict=False):
-                old.copy_(round_stochastically(new, generator))
+                t = int(state["step"])
+                seed = int(np.random.default_rng([group["seed"], t, i, RANK]).integers(2**63))
+                generator = torch.Generator(p.device).manual_seed(seed)
+                held = [p, state["exp_avg"], state["exp_avg_sq"], p.grad]
+                held = [(x.to_local() if WORLD > 1 else x).view(-1).split(group["chunk"]) for x in held]
+                for kept in zip(*held, strict=True):
+                    w, m, v, g = (x.float() for x in kept)
+                    m.lerp_(g, 1 - b1)
+                    v.lerp_(g.square_(), 1 - b2)
+                    size = (v / (1 - b2**t)).sqrt_().add_(group["eps"])
+                    w.mul_(1 - lr * group["weight_decay"]).addcdiv_(m, size, value=-lr / (1 - b1**t))
+                    for old, new in zip(kept[:3], (w, m, v), strict=True):
+                        old.copy_(round_stochastically(new, generator))
 
 
 # ---------------------------------------------------------------- the loop
@@ -172,12 +167,9 @@ class Example:
 def draw(n, batch, step, seed):
     """Indices of the batch of a step: walks through one permutation of range(n) after another. A function of (seed,
     step) alone, so that a resumed run neither skips nor repeats a batch."""
-    return [int(order(n, i // n, seed)[i % n]) for i in range(step * batch, (step + 1) * batch)]
-
-
-@lru_cache(maxsize=4)
-def order(n, epoch, seed):
-    return np.random.default_rng([seed, epoch]).permutation(n)
+    rows = range(step * batch, (step + 1) * batch)
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in {i // n for i in rows}}
+    return [int(orders[i // n][i % n]) for i in rows]
 
 
 def micro_batches(items, length, tokens, each=1):
@@ -221,16 +213,14 @@ def backward(model, examples, pairs, c):
         log["nll"] += nll.item()
     longest = lambda p: len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"]))  # noqa: E731
     for group, weight in shares(pairs, longest, c.micro_tokens // 2):
-        both = sequence_logprobs(model, sides(group))
-        chosen, rejected = both[: len(group)], both[len(group) :]
-        reference = torch.tensor([p["reference"] for p in group], device=both.device)
+        chosen, rejected = sequence_logprobs(model, sides(group)).view(2, -1)
+        reference = torch.tensor([p["reference"] for p in group], device=chosen.device)
         loss, margin = dpo_loss(chosen, rejected, *reference.T, c.beta)
         (loss.sum() / len(pairs) * weight).backward()
         sums = dict(dpo=loss, margin=margin, accuracy=margin > 0, chosen=chosen, rejected=rejected)
         log.update({key: value.sum().item() / len(pairs) * weight for key, value in sums.items()})
-    parts, log = gather([log]), Counter()
-    for part in parts:
-        log.update({key: value / WORLD for key, value in part.items()})
+    parts = gather([log])
+    log = Counter({key: sum(part[key] for part in parts) / WORLD for key in log})
     log["loss"] = log["nll"] * (c.nll if pairs else 1) + log["dpo"]
     log["tokens"] = sum(len(e.prompt) + len(e.response) for e in examples) + sum(map(longest, pairs))
     return log
@@ -244,9 +234,8 @@ def sides(pairs):
 def add_reference(model, pairs, tokens):
     """The reference's log-probabilities of both sides, computed once: it is frozen."""
     for group in micro_batches(share(pairs), lambda p: len(p["prompt_ids"]) + len(p["chosen_ids"]), tokens // 2):
-        both = sequence_logprobs(model, sides(group)).tolist()
-        for p, chosen, rejected in zip(group, both[: len(group)], both[len(group) :], strict=True):
-            p["reference"] = [chosen, rejected]
+        for p, reference in zip(group, sequence_logprobs(model, sides(group)).view(2, -1).T.tolist(), strict=True):
+            p["reference"] = reference  # [chosen, rejected]
     for p, reference in zip(pairs, gather([p["reference"] for p in share(pairs)]), strict=True):
         p["reference"] = reference
 
@@ -264,9 +253,9 @@ def shard(model):
 
 @torch.no_grad()
 def gathered(tensors):
-    """(name, tensor) pairs of which each process holds a part -> {name: all of it, on the CPU} in rank 0, else {}."""
-    whole = ((name, t.full_tensor()) for name, t in tensors)  # one at a time
-    return {name: t.cpu() for name, t in whole if RANK == 0}
+    """{name: a tensor, of which each process may hold a part} -> {name: all of it, on the CPU} in rank 0, else {}."""
+    whole = ((name, t.full_tensor() if WORLD > 1 else t) for name, t in tensors.items())  # one at a time
+    return {name: t.detach().cpu().contiguous() for name, t in whole if RANK == 0}
 
 
 def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=None):
@@ -277,13 +266,14 @@ def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=Non
     Goes on from a checkpoint in `folder`: N steps are k, a stop, and N - k, bit for bit.
     """
     model, folder, name = policy.model, Path(folder), Path(folder).name
+    dtype, device = model.norm.weight.dtype, model.norm.weight.device
     folder.mkdir(parents=True, exist_ok=True)
     for place in {folder, keep_at[1] if keep_at else folder}:
         for half in place.glob("*.tmp*"):  # what a kill leaves of a write: ours, and safetensors' .tmpXXXXXX
             half.unlink(missing_ok=True)
     checkpoint_path = folder / "checkpoint.safetensors"
     if (folder / "model.safetensors").exists():
-        reload(policy, folder)
+        policy.model = GPT.from_pretrained(folder, dtype, device)
         if RANK == 0:
             checkpoint_path.unlink(missing_ok=True)  # a stop between the two
         return
@@ -292,17 +282,16 @@ def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=Non
     n = len(examples) or len(pairs)
     steps = max(1, round(epochs * n / c.batch))
     model.gradient_checkpointing = bool(c.gradient_checkpointing)
-    device = next(model.parameters()).device.type
-    half = model.norm.weight.dtype == torch.bfloat16  # then activations are bf16 without autocast
-    autocast = policy.dtype == "bfloat16" and not half
-    precision = torch.autocast(device, torch.bfloat16, enabled=autocast, cache_enabled=WORLD == 1)
+    half = dtype == torch.bfloat16  # then activations are bf16 without autocast
+    mixed = policy.dtype == "bfloat16" and not half
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=WORLD == 1)
     with precision:
         add_reference(model, pairs, c.micro_tokens)
     if WORLD > 1:
         shard(model)
     weights = dict(model.named_parameters())
-    kind = partial(RoundingAdamW, seed=c.seed) if half else partial(torch.optim.AdamW, fused=True)
-    optimizer = kind(weights.values(), lr=lr, betas=(0.9, 0.99), weight_decay=c.weight_decay)
+    kind, own = (RoundingAdamW, dict(seed=c.seed)) if half else (torch.optim.AdamW, dict(fused=True))
+    optimizer = kind(weights.values(), lr=lr, betas=(0.9, 0.99), weight_decay=c.weight_decay, **own)
     start = load_checkpoint(checkpoint_path, weights, optimizer, steps)
     cut_log(log_path, name, start)
     if not start:
@@ -324,11 +313,10 @@ def fit(policy, folder, log_path, examples, pairs, c, *, epochs, lr, keep_at=Non
                     f"{name}: loss {log['loss']}, gradient norm {norm} in step {step}, on problems "
                     f"{', '.join(sorted(set(ids)))}; last good checkpoint: {last}; lower --lr or --neg-lr, in "
                     "another --out")  # fmt: skip
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, lr, c.warmup)
+            optimizer.param_groups[0]["lr"] = rate = learning_rate(step, steps, lr, c.warmup)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            write_log(log_path, name, step, log, optimizer.param_groups[0]["lr"], norm, time.monotonic() - began)
+            write_log(log_path, name, step, log, rate, norm, time.monotonic() - began)
             bar.set_postfix(loss=f"{log['loss']:.3f}", margin=f"{log['margin']:.2f}", refresh=False)
             bar.update()
             if keep_at and step + 1 == max(1, round(steps * keep_at[0] / epochs)):
@@ -353,11 +341,10 @@ def interrupts_held():
     held = []
 
     def hold(*_):
-        if WORLD == 1:  # torchrun sends a second one on its own
-            if held:
-                raise KeyboardInterrupt
-            print("\nstopping after this step; once more to stop now", file=sys.stderr)
         held.append(True)
+        if WORLD == 1:  # torchrun sends a second one on its own
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            print("\nstopping after this step; once more to stop now", file=sys.stderr)
 
     before = signal.signal(signal.SIGINT, hold)
     try:
@@ -370,35 +357,24 @@ def interrupts_held():
 
 def save(policy, folder):
     """A Hugging Face folder. The weights come last: a folder that has them is complete."""
-    model = policy.model
-    if WORLD > 1:
-        weights = gathered(model.named_parameters())
-        with torch.device("meta"):
-            model = GPT(model.config)
-        if weights:
-            model.load_state_dict(weights, assign=True)
+    weights = gathered(dict(policy.model.named_parameters()))
     if RANK == 0:
+        with torch.device("meta"):
+            model = GPT(policy.model.config)
+        model.load_state_dict(weights, assign=True)
         policy.tokenizer.save(folder)
         model.save_pretrained(folder)
     gather([])  # nobody reads it before it stands
 
 
-def reload(policy, folder):
-    p = next(policy.model.parameters())
-    policy.model = GPT.from_pretrained(folder, dtype=p.dtype, device=p.device)
-
-
 def save_checkpoint(path, weights, optimizer, step):
     """Weights and optimizer state in one file, written under a temporary name and renamed."""
-    tensors = {f"weight.{name}": p.detach() for name, p in weights.items()}
-    for name, p in weights.items():
-        tensors |= {f"{key}.{name}": value for key, value in optimizer.state[p].items() if key != "step"}
-    tensors = gathered(tensors.items()) if WORLD > 1 else tensors
-    if RANK:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: t.contiguous() for k, t in tensors.items()}, f"{path}.tmp", metadata={"step": str(step)})
-    os.replace(f"{path}.tmp", path)
+    states = {name: {"weight": p} | optimizer.state[p] for name, p in weights.items()}
+    tensors = gathered({f"{k}.{name}": t for name, s in states.items() for k, t in s.items() if k != "step"})
+    if RANK == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, f"{path}.tmp", metadata={"step": str(step)})
+        os.replace(f"{path}.tmp", path)
 
 
 def load_checkpoint(path, weights, optimizer, steps):
@@ -430,10 +406,9 @@ COLUMNS = "stage step loss nll dpo margin accuracy chosen rejected lr grad_norm 
 def write_log(path, stage, step, log, lr, norm, seconds):
     """One line of metrics.csv; see the README for what each column means."""
     row = dict(log, stage=stage, step=step, lr=lr, grad_norm=norm, tokens_per_s=log["tokens"] / seconds)
-    new = not Path(path).exists()
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", restval="")
-        if new:
+        if not file.tell():
             writer.writeheader()
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
@@ -466,25 +441,11 @@ def show(policy, examples, pairs):
 
 BASE = Path(__file__).parent / "experiments" / "base"  # where the built-in tasks start; --mode base made it
 
-DEFAULTS = {  # what must differ by task, in one table; flags of the same name override it
-    # flag             arithmetic         star               a JSONL file
-    "prompt":          ("{question}\n",   "{question}",      DEFAULT_PROMPT),
-    "limit":           (800,              2000,              0),
-    "test_limit":      (1000,             1000,              0),
-    "max_new_tokens":  (64,               8,                 256),
-    "samples":         (16,               8,                 8),
-    "temperature":     (0.7,              1.0,               0.7),
-    "negatives":       (4,                4,                 4),
-    "rollouts":        (8,                8,                 5),
-    "batch":           (32,               64,                32),
-    "lr":              (1e-3,             1e-3,              2e-5),
-    "neg_lr":          (5e-5,             5e-5,              1e-6),
-    "sft_epochs":      (5.0,              10.0,              3.0),
-    "generator_epochs": (5.0,             2.0,               2.0),
-    "pos_epochs":      (8.0,              6.0,               3.0),
-    "neg_epochs":      (3.0,              3.0,               1.0),
-    "eval_samples":    (8,                0,                 0),
-}  # fmt: skip
+
+def by_task(arithmetic, star, file, text, least=0):
+    """A flag whose default differs: on the two built-in tasks, and on a JSONL file."""
+    metadata = dict(flag(None, text, least).metadata, by_task=(arithmetic, star, file))
+    return field(default=None, metadata=metadata)
 
 
 @dataclass
@@ -501,15 +462,15 @@ class TrainConfig:
     spurious: float = flag(0.2, "arithmetic: chance of a spurious step before each step of the teacher", most=1)
     steps: int = flag(4, "arithmetic: numbers that count, per problem", 1)
     distractors: int = flag(2, "arithmetic: numbers that do not count, per problem")
-    prompt: str | None = flag(None, "prompt format, {question} is replaced")
-    limit: int | None = flag(None, "training problems; 0 = all of the file")
-    test_limit: int | None = flag(None, "test problems; 0 = all of the file")
-    max_new_tokens: int | None = flag(None, "tokens a solution may have", 1)
-    samples: int | None = flag(None, "solutions sampled per training problem", 1)
-    temperature: float | None = flag(None, "of samples and rollouts; the losses know no other", 1e-9)
+    prompt: str | None = by_task("{question}\n", "{question}", DEFAULT_PROMPT, "prompt format, {question} is replaced")
+    limit: int | None = by_task(800, 2000, 0, "training problems; 0 = all of the file")
+    test_limit: int | None = by_task(1000, 1000, 0, "test problems; 0 = all of the file")
+    max_new_tokens: int | None = by_task(64, 8, 256, "tokens a solution may have", 1)
+    samples: int | None = by_task(16, 8, 8, "solutions sampled per training problem", 1)
+    temperature: float | None = by_task(0.7, 1.0, 0.7, "of samples and rollouts; the losses know no other", 1e-9)
     keep: int = flag(4, "right solutions kept per problem, the most diverse (RFT)")
-    negatives: int | None = flag(None, "wrong solutions valued per problem")
-    rollouts: int | None = flag(None, "K: Monte Carlo rollouts per step prefix", 1)
+    negatives: int | None = by_task(4, 4, 4, "wrong solutions valued per problem")
+    rollouts: int | None = by_task(8, 8, 5, "K: Monte Carlo rollouts per step prefix", 1)
     scan: str = flag("first", "steps valued: full, first (to the pit), sequential (and to a right rollout), bisect",
                      choices="full first sequential bisect")
     pairs: str = flag("continuation", "form of the pairs: continuation, step, algorithm1, response, farthest",
@@ -518,21 +479,21 @@ class TrainConfig:
                      choices="dpo awr")
     beta: float = flag(0.3, "of Eq. 1 and Eq. 4; the paper: 0.3 on GSM8K, 0.1 on MATH", 1e-9)
     nll: float = flag(0.0, "weight of the likelihood of positives beside Eq. 1; 0 = Eq. 1 alone")
-    batch: int | None = flag(None, "examples (and pairs) per optimizer step", 1)
+    batch: int | None = by_task(32, 64, 32, "examples (and pairs) per optimizer step", 1)
     micro_tokens: int = flag(16384, "padded tokens per forward pass; lower it when memory runs out", 1)
-    lr: float | None = flag(None, "peak learning rate of sft and pos", 1e-9)
-    neg_lr: float | None = flag(None, "peak learning rate of the per-step loss", 1e-9)
-    sft_epochs: float | None = flag(None, "epochs of the reported SFT model")
-    generator_epochs: float | None = flag(None, "epochs of the SFT run after which its copy generates")
-    pos_epochs: float | None = flag(None, "epochs over teacher's and own positives")
-    neg_epochs: float | None = flag(None, "epochs of the per-step loss")
+    lr: float | None = by_task(1e-3, 1e-3, 2e-5, "peak learning rate of sft and pos", 1e-9)
+    neg_lr: float | None = by_task(5e-5, 5e-5, 1e-6, "peak learning rate of the per-step loss", 1e-9)
+    sft_epochs: float | None = by_task(5.0, 10.0, 3.0, "epochs of the reported SFT model")
+    generator_epochs: float | None = by_task(5.0, 2.0, 2.0, "epochs of the SFT run after which its copy generates")
+    pos_epochs: float | None = by_task(8.0, 6.0, 3.0, "epochs over teacher's and own positives")
+    neg_epochs: float | None = by_task(3.0, 3.0, 1.0, "epochs of the per-step loss")
     rounds: int = flag(1, "of the per-step loss: each further one samples and values the policy of the one before", 1)
     warmup: float = flag(0.1, "share of the steps in which the learning rate rises")
     weight_decay: float = flag(0.01, "of AdamW")
     clip: float = flag(1.0, "largest norm of the gradient", 1e-9)
     gradient_checkpointing: int = flag(0, "1: recompute activations in the backward pass, to save memory")
     save_seconds: float = flag(60.0, "seconds between training checkpoints")
-    eval_samples: int | None = flag(None, "samples per test problem for pass@k and maj@k; 0 = greedy only")
+    eval_samples: int | None = by_task(8, 0, 0, "samples per test problem for pass@k and maj@k; 0 = greedy only")
     slots: int = flag(0, "rows that decode together; 0 = as fits in memory")
     device: str = flag("", "cpu or cuda; empty = cuda where there is one")
     dtype: str = flag("", "of activations, and of weights in sampling: float32 or bfloat16; empty = bfloat16 on cuda, "
@@ -549,13 +510,12 @@ def resolve(c):
     if c.mode == "base":
         recipe = dict(out=str(BASE), limit=130_000, batch=64, lr=3e-3, sft_epochs=1.0)
         c = replace(c, **{k: v for k, v in recipe.items() if getattr(c, k) in (None, "")})
-    c = replace(c, **{k: row[column] for k, row in DEFAULTS.items() if getattr(c, k) is None})
+    c = replace(c, **{f.name: f.metadata["by_task"][column] for f in fields(c) if getattr(c, f.name) is None})
     if column < 2 and min(c.limit, c.test_limit) < 1:
         raise UsageError("--limit 0; expected at least 1 problem of a built-in task; it has no end")
     if column == 2 and not c.model:
         raise UsageError("--model is missing; expected a Hugging Face folder to train on a JSONL file; name one")
-    c = replace(c, out=c.out or f"runs/{Path(c.data).stem}", model=c.model or ("" if column == 2 else str(BASE)))
-    return c
+    return replace(c, out=c.out or f"runs/{Path(c.data).stem}", model=c.model or ("" if column == 2 else str(BASE)))
 
 
 def make_base(c):
@@ -601,20 +561,19 @@ def run(c):
         policy = load_policy(c.model, c, train=True)
         positives = teacher + own_positives(policy, train, rollouts, c.keep)
         fit(policy, out / "pos", log, positives, [], c, epochs=c.pos_epochs, lr=c.lr)
-    names = ["neg", *(f"neg{i}" for i in range(2, c.rounds + 1))] if c.mode == "neg" else []
-    start, folder = out / "pos", out
-    for i, name in enumerate(names):  # round 1 learns from the generator's solutions, the next from its own
-        if i:
-            folder, generator = out / f"round{i + 1}", start
+    start = out / "pos"
+    for i in range(c.rounds if c.mode == "neg" else 0):
+        name, folder = (f"neg{i + 1}", out / f"round{i + 1}") if i else ("neg", out)
+        if i:  # round 1 learns from the generator's solutions, the next from its own
+            generator = start
             rollouts = draw_solutions(load_policy(generator, c), train, folder, c, i)
         examples, pairs = negatives(load_policy(generator, c), by_id, rollouts, folder, c, i)
         if not examples and not pairs:
             print(f"no pairs, so {name} is not trained: no right way to go on was found before any pit; "
                   "raise --samples, --rollouts or --sft-epochs, or take easier problems")  # fmt: skip
             break
-        fit(load_policy(start, c, train=True), out / name, log, examples or positives, pairs, c, epochs=c.neg_epochs,
-            lr=c.neg_lr)  # fmt: skip
-        start = out / name
+        policy, start = load_policy(start, c, train=True), out / name  # replaces pos, which would take memory
+        fit(policy, start, log, examples or positives, pairs, c, epochs=c.neg_epochs, lr=c.neg_lr)
     results = {}
     for name in ("sft", "pos", *sorted(path.name for path in out.glob("neg*"))):
         if (out / name / "model.safetensors").exists():

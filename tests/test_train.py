@@ -6,7 +6,7 @@ import math
 import random
 import re
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -364,7 +364,7 @@ def test_stochastic_rounding_is_right_on_average():
 def small_steps(steps=200, lr=1e-4, **options):
     """A weight of 1 after `steps` updates of lr against a constant gradient, 4096 times; a bf16's half ulp is 2e-3."""
     p = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
-    optimizer = train.RoundingAdamW([p], 0, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, **options)
+    optimizer = train.RoundingAdamW([p], seed=0, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, **options)
     for _ in range(steps):
         p.grad = torch.full_like(p, 0.25)
         optimizer.step()
@@ -390,7 +390,7 @@ def test_rounding_adamw_is_adamw():
     torch.manual_seed(1)
     p, options = torch.nn.Parameter(torch.randn(300).bfloat16()), dict(lr=0.02, betas=(0.9, 0.99), weight_decay=0.1)
     q = torch.nn.Parameter(p.detach().float())
-    mine, torchs = train.RoundingAdamW([p], 5, **options), torch.optim.AdamW([q], **options)
+    mine, torchs = train.RoundingAdamW([p], seed=5, **options), torch.optim.AdamW([q], **options)
     for step in range(20):
         p.grad = torch.randn(300).bfloat16() * (1 + step % 3)
         q.grad = p.grad.float()
@@ -440,7 +440,7 @@ def test_the_weights_flag(tmp_path, dtype):
     weights = {"w": torch.zeros(4, 3, dtype=torch.bfloat16, requires_grad=True)}
     tensors = {f"{key}.w": torch.zeros(4, 3, dtype=kind) for key in ("weight", "exp_avg", "exp_avg_sq")}
     train.save_file(tensors, tmp_path / "c.safetensors", metadata={"step": "3"})
-    optimizer = train.RoundingAdamW(weights.values(), 0, lr=0.1, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = train.RoundingAdamW(weights.values(), seed=0, lr=0.1, betas=(0.9, 0.99), weight_decay=0.0)
     if dtype == "bfloat16":
         assert train.load_checkpoint(tmp_path / "c.safetensors", weights, optimizer, 9) == 3
     else:
@@ -636,7 +636,8 @@ def test_defaults_by_task():
     """A default of another task, or one that overrides what the user said."""
     for data, column in (("arithmetic", 0), ("star", 1), ("my/own.jsonl", 2)):
         c = resolve(TrainConfig(data=data, model="m" * (column == 2)))
-        assert all(getattr(c, name) == row[column] for name, row in train.DEFAULTS.items())
+        by_task = {f.name: f.metadata["by_task"] for f in fields(c) if f.default is None}
+        assert len(by_task) == 16 and all(getattr(c, name) == row[column] for name, row in by_task.items())
         assert c.out == f"runs/{Path(data).stem}" and c.model == ("m" if column == 2 else str(train.BASE))
     c = resolve(TrainConfig(limit=7, eval_samples=0, prompt="{question}!", out="x", model="y"))
     assert (c.limit, c.eval_samples, c.prompt, c.out, c.model) == (7, 0, "{question}!", "x", "y")
