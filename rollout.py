@@ -310,15 +310,16 @@ class Policy:
         """The text of token ids without end of text, by its id: not every tokenizer calls it special."""
         return self.tokenizer.decode([i for i in ids if i != self.tokenizer.eos_id])
 
-    def generate(self, prompts, n=1, *, max_new_tokens, **options):
+    def generate(self, prompts, n=1, *, max_new_tokens, streams=None, **options):
         """`generate`, its prompts shared among the processes; all of them get all results. Where memory runs out, half
         the slots go on: no result depends on them."""
         budgets = max_new_tokens if isinstance(max_new_tokens, int) else share(max_new_tokens)
+        streams = streams and share(streams)
         while True:
             try:
                 return gather(generate(self.model, share(prompts), n, max_new_tokens=budgets, slots=self.slots,
                                        stop_ids=[self.tokenizer.eos_id], vocab_size=self.tokenizer.vocab_size,
-                                       stats=self.stats, **options))  # fmt: skip
+                                       stats=self.stats, streams=streams, **options))  # fmt: skip
             except (RuntimeError, MemoryError) as error:
                 rows = min(self.slots or 1024, n * len(prompts))
                 if not out_of_memory(error) or rows == 1:
@@ -447,14 +448,16 @@ def prefill(model, prompts, families):
 
 
 @torch.no_grad()
-def generate(model, prompts, n=1, *, first=0, max_new_tokens=256, temperature=1.0, top_p=1.0, seed=0, stop_ids=(),
+def generate(model, prompts, n=1, *, streams=None, max_new_tokens=256, temperature=1.0, top_p=1.0, seed=0, stop_ids=(),
              vocab_size=None, slots=None, stats=None):  # fmt: skip
-    """Sample n continuations of every prompt: numbers first to first + n - 1 of all that there could be.
+    """Sample n continuations of every prompt.
 
     prompts: lists of token ids, any lengths > 0; max_new_tokens: an int, or one per prompt (0 gives empty lists);
     temperature 0 is greedy; ids >= vocab_size are never drawn; slots: rows that decode together.
     Returns per prompt a list of n lists of new ids, the stop id included where one was reached. The random stream of
     a sample depends on (seed, prompt, sample) alone. `stats` gets the tokens "prefilled" and "decoded" added.
+    streams: per prompt (stem, first). Its samples are numbers first to first + n - 1 and draw as if only the first
+    `stem` tokens had been given: sample j of the stem, where it begins with the prompt, ends as sample j of the prompt.
     A prompt is prefilled once for its n samples, or not at all if it begins another one: see `prefill`.
     """
     if not all(prompts):
@@ -466,6 +469,10 @@ def generate(model, prompts, n=1, *, first=0, max_new_tokens=256, temperature=1.
         return results
     families = [[alive[j] for j in family] for family in nested([prompts[i] for i in alive])][::-1]
     capacity, width = max(len(prompts[i]) + budgets[i] for i in alive), max(budgets[i] for i in alive)
+
+    def draws(i, sample):
+        stem, first = streams[i] if streams else (len(prompts[i]), 0)
+        return uniforms(seed, prompts[i][:stem], [first + sample], len(prompts[i]) - stem + width)[:, -width:]
 
     def pick(logits, u):
         if vocab_size is not None:  # rows of the embedding with no token behind them cannot be decoded
@@ -491,7 +498,7 @@ def generate(model, prompts, n=1, *, first=0, max_new_tokens=256, temperature=1.
             lengths = torch.tensor([len(prompts[i]) for i, _ in owners], device=device)
             at, free = torch.tensor(free[: len(now)], device=device), free[len(now) :]
             running.cache.copy_rows(source, torch.tensor(origins, device=device), at, lengths)
-            u = np.concatenate([uniforms(seed, prompts[i], [first + sample], width) for i, sample in owners])
+            u = np.concatenate([draws(*owner) for owner in owners])
             running.admit(at, owners, u, [budgets[i] for i, _ in owners], logits)
         total, busy = len(running.owner), sum(owner is not None for owner in running.owner)
         if not busy:
@@ -655,7 +662,21 @@ def need_values(path, row, solution, scan, policy):
     return row
 
 
-def estimate_values(policy, problems, solutions, path, *, k, scan, max_new_tokens, temperature, seed):
+def known(row, t, ways, samples, k):
+    """Those of the k rollouts of prefix t that need no drawing, {number: (continuation, is it right)}: the problem's
+    other samples that begin with it, by numbers below 0, then what was drawn from an earlier prefix (`ways`, {prefix:
+    its rollouts}) and went on as the solution did."""
+    prefix = row["ids"][: row["ends"][t - 1]]
+    same = [s for i, s in enumerate(samples) if i != row["sample"] and s["ids"][: len(prefix)] == prefix][:k]
+    have = {i - len(same): (s["ids"][len(prefix) :], s["correct"]) for i, s in enumerate(same)}
+    for u in range(1, t):
+        steps = prefix[row["ends"][u - 1] :]
+        have |= {j: (way[len(steps) :], right) for j, (way, right) in ways.get(u, {}).items()
+                 if j >= len(same) and way[: len(steps)] == steps}  # fmt: skip
+    return have
+
+
+def estimate_values(policy, problems, solutions, path, *, k, scan, max_new_tokens, temperature, seed, rollouts=None):
     """Monte Carlo values of the steps of `solutions`, rows of the JSONL file `path`; solutions already there are kept.
 
     solutions: {(problem id, sample number): (ids, correct, V(x))}, V(x) being the share of the problem's samples that
@@ -664,9 +685,13 @@ def estimate_values(policy, problems, solutions, path, *, k, scan, max_new_token
     same of the best of k, by one draw: 1 if any is right. right: the distinct correct continuations found just before
     the pit. Wrong solutions are scanned by `scan`; correct ones have no zero to stop at and are scanned in full.
 
-    sequential: a prefix is no pit as soon as one rollout from it is right, so its k rollouts are drawn 1, 1, 2, 4, ...
-    at a time up to the first right one. The pit is that of `first`, rollout by rollout; a Q above 0 is then the share
-    of those drawn, too high on average, and there are fewer right continuations to choose from.
+    The k rollouts of a prefix are the same in every scan. rollouts {problem id: row}, samples that `policy` drew with
+    the same temperature and budget: those that begin with the prefix come first, except the solution itself, which
+    was chosen for its verdict. The others share one random stream per problem and number: a rollout that goes on as
+    the solution did is also a rollout from its next steps, and is not drawn again.
+    sequential: a prefix is no pit as soon as one rollout from it is right, so they are drawn in portions, up to the
+    first right one. The pit is that of `first`, rollout by rollout; a Q above 0 is then the share of those looked at,
+    too high on average, and there are fewer right continuations to choose from.
     """
     kinds = dict(id=str, sample=int, correct=bool, ids=list, text=str, ends=list, values=list, best=list, pit=int,
                  right=list)  # fmt: skip
@@ -676,42 +701,48 @@ def estimate_values(policy, problems, solutions, path, *, k, scan, max_new_token
     bar = progress("values", "solution", len(solutions), len(solutions) - len(todo))
     size = max(1, policy.portion * WORLD // k)
     for start in range(0, len(todo), size):
-        new = {}
+        new, ways = {}, {}  # ways: {(problem id, sample): {t: {number: (continuation, is it right)}}}
         for key in todo[start : start + size]:
             ids, correct, v = solutions[key]
-            ends = [len(step) for step in split_steps(ids, policy.tokenizer, problems[key[0]].style)]
-            ends = np.cumsum(ends).tolist()
-            new[key] = dict(id=key[0], sample=key[1], correct=correct, ids=ids, ends=ends,
-                            text=policy.text(ids),
+            ends = np.cumsum([len(s) for s in split_steps(ids, policy.tokenizer, problems[key[0]].style)]).tolist()
+            new[key] = dict(id=key[0], sample=key[1], correct=correct, ids=ids, ends=ends, text=policy.text(ids),
                             values=[v] + [None] * (len(ends) - 1) + [float(correct)])  # fmt: skip
-        found, tried = {}, {}  # {(problem id, prefix): correct continuations, rollouts}; many solutions begin alike
-        while True:
-            wanted = {}  # {(key, t): (problem id, prefix)}
-            for key, row in new.items():
-                for t in probe("full" if row["correct"] else scan, row["values"]):
-                    wanted[key, t] = key[0], tuple(row["ids"][: row["ends"][t - 1]])
-            if not wanted:
-                break
-            asked, drawn = [request for request in dict.fromkeys(wanted.values()) if request not in found], 0
-            found |= {request: [] for request in asked}
-            while asked and drawn < k:
-                n = min(max(1, drawn), k - drawn) if scan == "sequential" else k
-                room = [max_new_tokens - len(prefix) for _, prefix in asked]
-                drawn_now = policy.generate([policy.prompt(problems[i]) + list(prefix) for i, prefix in asked], n=n,
-                                            first=drawn, max_new_tokens=room, temperature=temperature, seed=seed + 1)
-                drawn += n
-                for (i, prefix), ways in zip(asked, drawn_now, strict=True):
-                    rows_of_ways = [solution_row([*prefix, *way], problems[i], policy.tokenizer) for way in ways]
-                    found[i, prefix] = [way for way, row in zip(ways, rows_of_ways, strict=True) if row["correct"]]
-                    tried[i, prefix] = drawn
-                asked = [request for request in asked if not found[request]]
-            for (key, t), request in wanted.items():
-                new[key]["values"][t] = len(found[request]) / tried[request]
+            ways[key] = {}
+        drawn = {}  # {(problem id, prefix, number): the same}, as many solutions begin alike
+        while looked_at := [(key, t) for key, row in new.items()
+                            for t in probe("full" if row["correct"] else scan, row["values"])]:  # fmt: skip
+            wanted = []
+            for key, t in looked_at:
+                row = new[key]
+                if t not in ways[key]:
+                    ways[key][t] = known(row, t, ways[key], rollouts[key[0]]["samples"] if rollouts else [], k)
+                have = ways[key][t]
+                right = sum(right for _, right in have.values())
+                missing = [j for j in range(sum(j < 0 for j in have), k) if j not in have]
+                if scan == "sequential":  # first those right a step ago; the more failed, the fewer are drawn in vain
+                    lucky = [j for j, (_, right) in ways[key].get(t - 1, {}).items() if right]
+                    missing.sort(key=lucky.__contains__, reverse=True)
+                    missing = [] if right else missing[: max(1, len(have) // 2)]
+                if not missing:
+                    row["values"][t] = right / len(have)
+                prefix = tuple(row["ids"][: row["ends"][t - 1]])
+                wanted += [(have, (key[0], prefix, j)) for j in missing]
+            asked = [request for request in dict.fromkeys(request for _, request in wanted) if request not in drawn]
+            prompts = [policy.prompt(problems[i]) for i, _, _ in asked]
+            drawn_now = policy.generate([x + list(prefix) for x, (_, prefix, _) in zip(prompts, asked, strict=True)],
+                                        streams=[(len(x), j) for x, (_, _, j) in zip(prompts, asked, strict=True)],
+                                        max_new_tokens=[max_new_tokens - len(prefix) for _, prefix, _ in asked],
+                                        temperature=temperature, seed=seed + 1)  # fmt: skip
+            for (i, prefix, j), (way,) in zip(asked, drawn_now, strict=True):
+                right = solution_row([*prefix, *way], problems[i], policy.tokenizer)["correct"]
+                drawn[i, prefix, j] = way, right
+            for have, request in wanted:
+                have[request[-1]] = drawn[request]
         for key, row in new.items():
             row["pit"] = first_pit(row["values"])
             row["best"] = [None if q is None else float(q > 0) for q in row["values"]]
-            before = key[0], tuple(row["ids"][: ([0] + row["ends"])[row["pit"] - 1]])
-            row["right"] = [list(way) for way in dict.fromkeys(map(tuple, found.get(before, [])))]
+            before = sorted(ways[key].get(row["pit"] - 1, {}).items())
+            row["right"] = [list(way) for way in dict.fromkeys(tuple(way) for _, (way, right) in before if right)]
         append_rows(path, list(new.values()))
         rows.update(new)
         bar.update(len(new))
@@ -800,7 +831,7 @@ def main():
     if c.values:
         chosen = to_value(problems, rollouts, c.samples, 0)
         values = estimate_values(policy, {p.id: p for p in problems}, chosen, out / "values.jsonl", k=c.values,
-                                 scan=c.scan, **drawing)  # fmt: skip
+                                 scan=c.scan, rollouts=rollouts, **drawing)  # fmt: skip
         tokens = dict(sum(map(Counter, gather([policy.stats])), Counter()))
         print(f"{len(values)} wrong solutions valued; tokens: {tokens}")
 

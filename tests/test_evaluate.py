@@ -50,10 +50,10 @@ class Answers(Policy):
         self.answer = answer
         self.known = {tuple(self.prompt(p)): p for p in problems}
 
-    def generate(self, prompts, n=1, *, first=0, max_new_tokens, temperature, seed):
-        key = TOKENIZER.encode("\n")[0]
-        return [[TOKENIZER.encode(self.answer(self.known[tuple(ids[: ids.index(key) + 1])], i)) + [EOS]
-                 for i in range(n)] for ids in prompts]  # fmt: skip
+    def generate(self, prompts, n=1, *, streams=None, max_new_tokens, temperature, seed):
+        key, streams = TOKENIZER.encode("\n")[0], streams or [(0, 0)] * len(prompts)
+        return [[TOKENIZER.encode(self.answer(self.known[tuple(ids[: ids.index(key) + 1])], first + i)) + [EOS]
+                 for i in range(n)] for ids, (_, first) in zip(prompts, streams, strict=True)]  # fmt: skip
 
 
 # --- numbers ---

@@ -295,14 +295,14 @@ class Script(Policy):
         self.continuation, self.calls = continuation, []
         self.prompts = sorted(((self.prompt(p), p) for p in problems), key=lambda x: -len(x[0]))
 
-    def generate(self, prompts, n=1, *, first=0, max_new_tokens, temperature, seed):
-        budgets = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    def generate(self, prompts, n=1, *, streams, max_new_tokens, temperature, seed):
         out = []
-        for ids, budget in zip(prompts, budgets, strict=True):
+        for ids, (stem, number), budget in zip(prompts, streams, max_new_tokens, strict=True):
             start, problem = next((s, p) for s, p in self.prompts if ids[: len(s)] == s)
-            prefix = ids[len(start) :]
-            self.calls.append((problem.id, tuple(prefix), n, budget))
-            out.append([list(self.continuation(problem, prefix, i))[:budget] for i in range(first, first + n)])
+            assert n == 1 and stem == len(start), "one stream for all prefixes of a problem"
+            prefix = ids[stem:]
+            self.calls.append((problem.id, tuple(prefix), number, budget))
+            out.append([list(self.continuation(problem, prefix, number))[:budget]])
         return out
 
 
@@ -466,13 +466,20 @@ def valued(tmp_path, scan="full", k=4, text=WRONG, correct=False, continuation=l
 
 
 def test_samples_by_their_number():
-    """Sample 3 drawn alone is another one than sample 3 of five: a scan in portions would see other rollouts."""
+    """Sample 3 drawn alone is another one than sample 3 of five: a scan in portions would see other rollouts. Or its
+    end drawn anew is another one: rollouts known from an earlier prefix would not be those of the full scan."""
     model = toy(std=0.3)
     prompts, options = [[5, 6, 7], [5, 6]], dict(max_new_tokens=6, seed=3, stop_ids=[EOS])
     whole = generate(model, prompts, 5, **options)
     for first, n in ((0, 1), (1, 1), (2, 3)):
-        part = generate(model, prompts, n, first=first, **options)
+        part = generate(model, prompts, n, streams=[(3, first), (2, first)], **options)
         assert part == [samples[first : first + n] for samples in whole]
+    for j, ids in enumerate(whole[1]):
+        cuts = range(len(ids))
+        ends = generate(model, [[5, 6, *ids[:c]] for c in cuts], streams=[(2, j)] * len(cuts),
+                        **options | dict(max_new_tokens=[6 - c for c in cuts]))  # fmt: skip
+        assert [end for (end,) in ends] == [ids[c:] for c in cuts]
+    assert generate(model, [[5, 6, 7]], streams=[(2, 0)], **options) != [whole[0][:1]], "the stem names the stream"
 
 
 @pytest.mark.parametrize("k", [1, 4, 7, 16])
@@ -496,17 +503,47 @@ def test_sequential_scan_finds_the_pit_of_the_first_scan_for_less(tmp_path, k):
         script = Script(list(problems.values()), luck)
         rows[scan] = estimate_values(script, problems, wrong, tmp_path / f"{scan}.jsonl", k=k, scan=scan,
                                      max_new_tokens=64, temperature=1.0, seed=0)  # fmt: skip
-        drawn = Counter()
-        for name, prefix, n, _ in script.calls:
-            drawn[name, prefix] += n
-        assert max(drawn.values()) <= k
-        cost[scan] = sum(drawn.values())
+        assert len(set(script.calls)) == len(script.calls) and all(0 <= j < k for _, _, j, _ in script.calls)
+        cost[scan] = len(script.calls)
     for key, row in rows["first"].items():
         other = rows["sequential"][key]
         assert other["pit"] == row["pit"]
         assert [v is not None and v > 0 for v in other["values"]] == [v is not None and v > 0 for v in row["values"]]
-        assert bool(other["right"]) == bool(row["right"]) and other["right"] == row["right"][: len(other["right"])]
+        assert bool(other["right"]) == bool(row["right"]) and all(way in row["right"] for way in other["right"])
     assert cost["sequential"] <= cost["first"] and (k < 7 or cost["sequential"] < 0.75 * cost["first"])
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 9])
+@pytest.mark.parametrize("scan", ["full", "first", "sequential"])
+def test_rollouts_that_are_known_are_not_drawn(tmp_path, scan, k):
+    """What was paid for drawn again, counted twice or in one scan only; the solution itself, chosen because it is
+    wrong, taken for a rollout; a rollout that left the solution taken for one of its later steps."""
+    late, own = GOOD + BAD + "16 + 1 = 17\n#### 9", GOOD + BAD + "16 + 1 = 17\n#### 17"
+    texts = ["#### 16", RIGHT, GOOD + BAD + "#### 9", GOOD + "#### 16", late, WRONG]  # by their numbers
+    ends = np.cumsum([len(step) for step in split_steps(end(own), TOKENIZER)]).tolist()
+
+    def one_stream(problem, prefix, i):
+        ids = end(texts[i % 6])
+        return ids[len(prefix) :] if ids[: len(prefix)] == prefix else end("#### 16")
+
+    for number, given in enumerate(([], [RIGHT, "#### 9", WRONG, own, late], [own] * 5, [GOOD + "#### 9"] * 12)):
+        samples = [solution(text, "#### 9" in text) for text in given]  # ours is number 3
+        want, script = [0.5], Script([nine()], one_stream)
+        for prefix in (end(own)[:cut] for cut in ends[:-1]):
+            right = [s["correct"] for i, s in enumerate(samples) if s["ids"][: len(prefix)] == prefix and i != 3][:k]
+            ways = [TOKENIZER.decode(one_stream(nine(), prefix, i)) for i in range(len(right), k)]
+            want.append((sum(right) + sum("#### 9" in way for way in ways)) / k)
+        want.append(0.0)
+        row = estimate_values(script, {"q": nine()}, {("q", 3): (end(own), False, 0.5)}, tmp_path / f"{number}.jsonl",
+                              rollouts={"q": {"samples": samples}} if given else None, k=k, scan=scan,
+                              max_new_tokens=64, temperature=1.0, seed=0)["q", 3]  # fmt: skip
+        seen = len(want) if scan == "full" else first_pit(want) + 1
+        assert row["pit"] == first_pit(want)
+        assert [v > 0 for v in row["values"][:seen]] == [v > 0 for v in want[:seen]]
+        assert scan == "sequential" or row["values"][:seen] == want[:seen]
+        for at, (_, prefix, j, _) in enumerate(script.calls):
+            before = [x + tuple(one_stream(nine(), list(x), i)) for _, x, i, _ in script.calls[:at] if i == j]
+            assert scan == "full" or all(way[: len(prefix)] != prefix for way in before), "known from an earlier step"
 
 
 @pytest.mark.parametrize("scan", ["full", "first", "bisect"])
@@ -518,8 +555,8 @@ def test_a_known_pit_is_found(tmp_path, scan):
     assert row["ends"] == list(np.cumsum([len(s) for s in steps])) and row["ends"][-1] == len(end(WRONG))
     assert row["ids"] == end(WRONG) and row["correct"] is False
     assert row["right"] == [end("7 + 2 = 9\n#### 9"), end("#### 9")], "the right ends found before the pit, each once"
-    asked = [prefix for _, prefix, _, _ in script.calls]
-    assert tuple(end(WRONG)) not in asked and () not in asked and len(asked) == len(set(asked)) == 2
+    asked = Counter(prefix for _, prefix, _, _ in script.calls)
+    assert tuple(end(WRONG)) not in asked and () not in asked and list(asked.values()) == [4, 4]
 
 
 def test_terminal_value_is_the_verdict(tmp_path):
@@ -528,7 +565,7 @@ def test_terminal_value_is_the_verdict(tmp_path):
     assert row["values"] == [0.375, 0.0] and row["pit"] == 1 and row["right"] == []
     unlucky, script = valued(tmp_path, "first", text=RIGHT, correct=True, name="b.jsonl",
                              continuation=lambda *_: end("#### 1"))  # fmt: skip
-    assert unlucky["values"] == [0.375, 0.0, 0.0, 1.0] and len(script.calls) == 2, "a right solution is scanned in full"
+    assert unlucky["values"] == [0.375, 0.0, 0.0, 1.0] and len(script.calls) == 8, "a right solution is scanned in full"
     assert unlucky["pit"] == 1
 
 
@@ -537,7 +574,7 @@ def test_rollouts_get_what_is_left_of_the_budget(tmp_path):
     ids, budget = end(WRONG), len(end(WRONG))
     for scan in ("full", "first"):
         row, script = valued(tmp_path, scan, budget=budget, name=scan)
-        assert len(script.calls) == 2 and all(b == budget - len(prefix) for _, prefix, _, b in script.calls)
+        assert len(script.calls) == 8 and all(b == budget - len(prefix) for _, prefix, _, b in script.calls)
         assert row["ends"][-1] == len(ids)
     long = "3 + 4 = 7\n7 + 2 = 9\n#### 9"
     row, _ = valued(tmp_path, "full", budget=budget, name="c", continuation=lambda *_: end(long))
@@ -557,7 +594,7 @@ def test_values_resume_and_share_prefixes(tmp_path):
     path, options = tmp_path / "v.jsonl", dict(k=4, scan="full", max_new_tokens=64, temperature=1.0, seed=0)
     script = Script([nine()], lucky)
     rows = estimate_values(script, {"q": nine()}, solutions, path, **options)
-    assert len(script.calls) == len(set(script.calls)) == 3, "GOOD once, then one each"
+    assert len(script.calls) == len(set(script.calls)) == 4 * 3, "GOOD once, then one each"
     assert list(rows) == list(solutions) and rows["q", 0]["values"][1] == rows["q", 1]["values"][1] == 0.5
     whole = path.read_bytes()
     path.write_bytes(whole[: whole.index(b"\n") + 30])
@@ -575,7 +612,7 @@ def test_value_is_a_mean_over_k(tmp_path):
     """Sums for means, or 'any of the K right' in place of the mean."""
     for k, q in ((1, 1.0), (2, 0.5), (3, 2 / 3), (8, 0.25)):
         row, script = valued(tmp_path, k=k, name=f"{k}.jsonl")
-        assert row["values"][1] == pytest.approx(q) and {n for _, _, n, _ in script.calls} == {k}
+        assert row["values"][1] == pytest.approx(q) and {j for _, _, j, _ in script.calls} == set(range(k))
 
 
 # --- pairs ---

@@ -159,12 +159,12 @@ class Oracle(Policy):
         self.skill = skill
         self.prompts = {tuple(self.prompt(p)): p for p in problems}
 
-    def generate(self, prompts, n, *, first=0, max_new_tokens, temperature, seed):
+    def generate(self, prompts, n=1, *, streams=None, max_new_tokens, temperature, seed):
         results = []
-        for ids in prompts:
+        for ids, stream in zip(prompts, streams, strict=True):
             cut = ids.index(TOKENIZER.encode("\n")[0]) + 1
             problem = self.prompts[tuple(ids[:cut])]
-            rng, text = random.Random(f"{seed} {ids}"), TOKENIZER.decode(ids[cut:]).rstrip("\n")
+            rng, text = random.Random(f"{seed} {ids} {stream}"), TOKENIZER.decode(ids[cut:]).rstrip("\n")
             results.append([self.go_on(rng, problem, text) for _ in range(n)])
         return results
 
