@@ -14,7 +14,9 @@ policies are compared on the same problems, problem by problem, not by two inter
     p          McNemar's exact test: of the problems that just one of the two gets right, how uneven is the split
 """
 
+import csv
 import math
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -25,8 +27,8 @@ import numpy as np
 import torch
 
 from data import DEFAULT_PROMPT, answers_equal, extract_answer, judge_steps, load_problems
-from rollout import UsageError, best_of, claim, entry, estimate_values, flag, gather, load_policy, make_pairs, parse
-from rollout import read_rows, sample, to_value, write_json
+from rollout import UsageError, best_of, claim, entry, estimate_values, first_only, flag, gather, load_policy
+from rollout import make_pairs, parse, read_rows, sample, to_value, write_json
 
 
 def wilson(right, n, z=1.96):
@@ -188,6 +190,37 @@ def explain(problem, before, after, folder, *, k, samples, max_new_tokens, tempe
                    for policy in (before, after)]  # fmt: skip
         lines.append(paint(f"{side:9}{' '.join(chances)}   {told}".replace("\n", ", "), code))
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- the log of training
+
+COLUMNS = "stage step loss nll dpo margin accuracy chosen rejected lr grad_norm tokens_per_s".split()
+
+
+@first_only
+def write_log(path, stage, step, log, lr, norm, seconds):
+    """One line of metrics.csv; see the README for what each column means."""
+    row = dict(log, stage=stage, step=step, lr=lr, grad_norm=norm, tokens_per_s=log["tokens"] / seconds)
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", restval="")
+        if not file.tell():
+            writer.writeheader()
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+@first_only
+def cut_log(path, stage, start):
+    """Drop the lines of steps that a resumed stage does again."""
+    if Path(path).exists():
+        rows = [line.split(",") for line in Path(path).read_text("utf-8", errors="replace").splitlines()][1:]
+        rows = [r for r in rows if len(r) == len(COLUMNS) and r[1].isdecimal()]  # not the last one, if it was cut
+        keep = [r for r in rows if r[0] != stage or int(r[1]) < start]
+        with open(f"{path}.tmp", "w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *keep])
+        os.replace(f"{path}.tmp", path)
+
+
+# ---------------------------------------------------------------- command line
 
 
 @dataclass

@@ -23,7 +23,6 @@ Differences from the paper:
 3. AdamW instead of RMSprop.
 """
 
-import csv
 import itertools
 import math
 import os
@@ -46,11 +45,11 @@ from torch.distributed.tensor import distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from data import DEFAULT_PROMPT, builtin_tokenizer, load_problems
-from evaluate import evaluate, pit_report, table
+from evaluate import cut_log, evaluate, pit_report, table, write_log
 from model import GPT, Config
-from rollout import RANK, WORLD, Policy, UsageError, advantages, claim, entry, estimate_values, first_only, flag
-from rollout import gather, load_policy, lock, make_pairs, parse, progress, sample, select_diverse, share, to_value
-from rollout import write_json, write_rows
+from rollout import RANK, WORLD, Policy, UsageError, advantages, claim, entry, estimate_values, flag, gather
+from rollout import load_policy, lock, make_pairs, parse, progress, sample, select_diverse, share, to_value, write_json
+from rollout import write_rows
 
 # ---------------------------------------------------------------- losses
 
@@ -399,32 +398,6 @@ def load_checkpoint(path, weights, optimizer, steps):
     return min(step, steps)
 
 
-COLUMNS = "stage step loss nll dpo margin accuracy chosen rejected lr grad_norm tokens_per_s".split()
-
-
-@first_only
-def write_log(path, stage, step, log, lr, norm, seconds):
-    """One line of metrics.csv; see the README for what each column means."""
-    row = dict(log, stage=stage, step=step, lr=lr, grad_norm=norm, tokens_per_s=log["tokens"] / seconds)
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", restval="")
-        if not file.tell():
-            writer.writeheader()
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-
-
-@first_only
-def cut_log(path, stage, start):
-    """Drop the lines of steps that a resumed stage does again."""
-    if Path(path).exists():
-        rows = [line.split(",") for line in Path(path).read_text("utf-8", errors="replace").splitlines()][1:]
-        rows = [r for r in rows if len(r) == len(COLUMNS) and r[1].isdecimal()]  # not the last one, if it was cut
-        keep = [r for r in rows if r[0] != stage or int(r[1]) < start]
-        with open(f"{path}.tmp", "w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *keep])
-        os.replace(f"{path}.tmp", path)
-
-
 def show(policy, examples, pairs):
     """Print what the loss sees of the first example, or pair where there are any; the masked prompt in brackets."""
     decode = policy.tokenizer.decode
@@ -614,7 +587,7 @@ def negatives(policy, problems, rollouts, folder, c, i=0):
     awr = c.loss == "awr"  # weighs every step of right and wrong solutions, so it needs all their values
     solutions = to_value(problems.values(), rollouts, c.negatives, c.keep if awr else 0)
     values = estimate_values(policy, problems, solutions, folder / "values.jsonl", k=c.rollouts,
-                             scan="full" if awr else c.scan, **drawing(c, i))  # fmt: skip
+                             scan="full" if awr else c.scan, rollouts=rollouts, **drawing(c, i))  # fmt: skip
     pairs = make_pairs(c.pairs, policy, problems, rollouts, values, c.seed, c.negatives)
     write_rows(folder / "pairs.jsonl", pairs)
     print(f"{pit_report(problems, values, c.rollouts)}; {len(pairs)} pairs")

@@ -224,9 +224,9 @@ def test_a_damaged_log(tmp_path):
     """A line of metrics.csv that was cut, or edited, in the way of all further training."""
     path, whole = tmp_path / "metrics.csv", ["sft", "1", *"0" * 10]
     for line in ("sft,x" + ",0" * 10, "sft,\u00b2" + ",0" * 10, "\0" * 200_000 + ",1", '"sft,2', "sft,3,0.5"):
-        path.write_text("\n".join([",".join(train.COLUMNS), ",".join(whole), line]))
+        path.write_text("\n".join([",".join(evaluate.COLUMNS), ",".join(whole), line]))
         train.cut_log(path, "pos", 0)
-        assert path.read_text().splitlines() == [",".join(train.COLUMNS), ",".join(whole)]
+        assert path.read_text().splitlines() == [",".join(evaluate.COLUMNS), ",".join(whole)]
 
 
 def test_out_of_memory_halves_the_slots(monkeypatch, capsys):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from data import builtin_tokenizer, load_problems
+from evaluate import COLUMNS
 from model import GPT, Config
 from rollout import Policy, UsageError, load_policy, parse
 from train import (
@@ -518,7 +519,7 @@ def test_resume_is_exact(tmp_path, monkeypatch, kind):
 def test_a_stop_before_the_first_checkpoint_starts_over(tmp_path, monkeypatch):
     """Lines of steps that are done again stay in metrics.csv; lines of other stages are lost."""
     c, examples = config(save_seconds=1e9), examples_of(8)
-    (tmp_path / "metrics.csv").write_text(",".join(train.COLUMNS) + "\n" + "sft,0,1" + "," * 9 + "\n")
+    (tmp_path / "metrics.csv").write_text(",".join(COLUMNS) + "\n" + "sft,0,1" + "," * 9 + "\n")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         break_at(patch, 3)
         train_once(tmp_path, c, examples, [])
