@@ -21,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from data import DEFAULT_PROMPT, read_problems
+from model import GPT
 from rollout import Policy, UsageError, entry, flag, load_policy, parse
 
 PEER = """
@@ -103,9 +104,9 @@ def main():
     c = parse(BenchConfig, __doc__)
     count, n, new, repeats = (8, 2, 16, 1) if c.quick else (32, 4, 128, c.repeats)
     c.dtype = "float32"
-    policy = load_policy(c.model, c, train=True)  # not packed, so that its weights can be counted
+    policy = load_policy(c.model, c)
     prompts = [policy.prompt(p) for p in read_problems(c.data, count)]
-    m, weights = policy.model.config, sum(p.numel() for p in policy.model.parameters())
+    m, weights = policy.model.config, sum(p.numel() for p in GPT.from_pretrained(c.model).parameters())
     print(f"{len(prompts)} prompts x {n} samples x {new} tokens; {platform.processor() or platform.machine()}, "
           f"{c.threads} threads; torch {torch.__version__}")  # fmt: skip
     print(f"{'dtype':10}{'who':16}{'version':14}{'new tokens/s':>14}{'of limit':>10}{'ratio':>8}   same greedy tokens")
