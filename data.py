@@ -261,7 +261,7 @@ def _same(a, b):
     """Equality of normalised answers."""
     if a.count("=") == b.count("=") == 1 and len(_elements(a)[1]) == len(_elements(b)[1]) == 1:
         x, y = (_value(f"({text.replace('=', ')-(')})") for text in (a, b))
-        if x and y:  # x + y = 1 is 2 - 2x = 2y: the differences of the sides have a simple ratio
+        if x and y and complex(y):  # x + y = 1 is 2 - 2x = 2y: the differences of the sides have a simple ratio
             ratio = complex(x) / complex(y)
             simple = Fraction(ratio.real).limit_denominator(99) if 1e-3 < abs(ratio.real) < 1e3 else 0
             if simple and cmath.isclose(ratio, simple):
