@@ -190,7 +190,7 @@ class KVCache:
 
     k, v: (n_layer, rows, H_kv, room, D) of `dtype`; lengths: int64 (rows,). All room is there from the start, one slot
     more than `capacity` for padding that does not fit; but where attention is `explicit` it grows by PORTION tokens, so
-    that all of it is looked at: torch copies what is cut out of a tensor before it multiplies.
+    that all of it is looked at (torch copies what is cut out of a tensor before it multiplies), and k lies transposed.
     `shortest` and `longest` bound the lengths in Python and so spare a decode step any question to the GPU.
     """
 
@@ -207,13 +207,15 @@ class KVCache:
         layers, rows, heads, held, D = self.k.shape
         if tokens > held:
             room = min(self.capacity + 1, -(-tokens // PORTION) * PORTION)
-            k, v = self.k.new_empty(layers, rows, heads, D, room).transpose(-1, -2), self.v.new_empty(
-                layers, rows, heads, room, D)  # fmt: skip
-            k = k if self.grows else torch.empty_like(v)
-            for old, new in ((self.k, k), (self.v, v)):
+            for name in "kv":  # one after the other: only one of them is there twice for a moment
+                old = getattr(self, name)
+                if self.grows and name == "k":
+                    new = old.new_empty(layers, rows, heads, D, room).transpose(-1, -2)
+                else:
+                    new = old.new_empty(layers, rows, heads, room, D)
                 new[:, :, :, :held] = old
                 new[:, :, :, held:] = 0  # a masked slot has weight 0, and 0 * NaN of uninitialised memory is NaN
-            self.k, self.v = k, v
+                setattr(self, name, new)
 
     def set_lengths(self, lengths):
         """Set what each row holds, int or int64 (rows,); a shorter row forgets its last tokens. One host sync."""
@@ -331,7 +333,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         else:  # the group becomes more queries of one key head, so that a long cache is read once, not G times
             q = q.reshape(B, self.kv_heads, group * T, -1)
-            if explicit(k):
+            if cache is not None and explicit(k):
                 scores = (q * self.scale) @ k.transpose(-1, -2)  # (B, H_kv, G*T, S)
                 if mask is not None:  # not -inf: padding may see nothing, and its NaN would stay in the cache
                     scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
@@ -426,9 +428,9 @@ class GPT(nn.Module):
         model to sample from, no longer to train or save. A tied embedding stays beside its packed copy."""
         half = self.norm.weight.dtype == torch.bfloat16
         if torch.backends.mkldnn.is_available() and (torch.ops.mkldnn._is_mkldnn_bf16_supported() or not half):
-            self.head = packed((self.lm_head or self.embed_tokens).weight)
             for linear in [m for m in self.modules() if isinstance(m, nn.Linear)]:
                 linear.forward, linear.weight = packed(linear.weight, linear.bias), None
+            self.head = self.lm_head.forward if self.lm_head else packed(self.embed_tokens.weight)
 
     def hidden(self, input_ids, cache=None, counts=None):
         """input_ids int64 (B, T) -> the residual stream after the final norm, (B, T, C).
