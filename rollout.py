@@ -243,6 +243,7 @@ def claim(config, path, problems=()):
             there = {} | json.loads(path.read_text("utf-8"))
         except (ValueError, TypeError, RecursionError):
             raise UsageError(f"{path}: not the JSON of a configuration; expected ours; choose another --out") from None
+        there = asdict(type(config)()) | there  # a folder may be older than a flag
         key = next((key for key in mine if key not in free and there.get(key) != mine[key]), None)
         if key:
             raise UsageError(f"{path}: a run with {key} = {there.get(key)!r}, not {mine[key]!r}; "

@@ -157,6 +157,11 @@ def test_another_configuration_is_refused(run, monkeypatch, capsys):
         refused(code, output.err)
         assert key in output.err and "--out" in output.err
     assert (out / "config.json").read_bytes() == before
+    older = json.loads(before)
+    del older["weights"]  # a folder from before there was this flag
+    (out / "config.json").write_text(json.dumps(older))
+    code, output = in_process(train.main, monkeypatch, capsys, "--out", out, *TINY, "--weights", "bfloat16")
+    refused(code, output.err)
     allowed = ["--slots", 3, "--save-seconds", 5]  # change no result
     assert in_process(train.main, monkeypatch, capsys, "--mode", "sft", "--out", out, *TINY, *allowed)[0] == 0
 
