@@ -131,6 +131,8 @@ class RoundingAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, (b1, b2) = group["lr"], group["betas"]
             for i, p in enumerate(group["params"]):
+                if p.grad is None:
+                    continue
                 state = self.state[p]
                 if not state:
                     state |= dict(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
