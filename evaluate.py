@@ -136,7 +136,8 @@ def pit_report(problems, values, k):
     """What the pits found are worth: on the built-in task against the truth, elsewhere by the chance of a false one.
 
     A step from which a share q of all rollouts would succeed looks like a pit with chance (1 - q)^k; q is taken from
-    the step before the pit, as if the pit had done no harm: an upper bound of what chance alone explains."""
+    the step before the pit, as if the pit had done no harm: an upper bound of what chance alone explains (not where the
+    scan was `sequential`, whose Q above 0 is too high)."""
     wrong = [row for row in values.values() if not row["correct"]]
     text = f"{len(wrong)} wrong solutions valued"
     truth = [(row["pit"], judge_steps(problems[row["id"]], row["text"])) for row in wrong if problems[row["id"]].meta]

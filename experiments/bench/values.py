@@ -2,10 +2,10 @@
 
     python experiments/bench/values.py            # built-in task, K = 16, two minutes on one core
 
-All scans value the same wrong solutions of one SFT model with the same random streams. "fresh" is the full scan without
-what the problem's other samples tell, and the measure of the others' tokens; "again" the same by other streams: how far
-K rollouts settle a pit at all. "as full", "as fresh": the share of solutions with the same first pit; "bad step", "all
-lost": the pit judged against the truth of every step.
+All scans but "again" value the same wrong solutions of one SFT model with the same random streams. "fresh" is the full
+scan without what the problem's other samples tell, and the measure of the others' tokens; "again" the same by other
+streams: how far K rollouts settle a pit at all. "as full", "as fresh": the share of solutions with the same first pit;
+"bad step", "all lost": the pit judged against the truth of every step.
 """
 
 import sys
