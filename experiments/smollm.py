@@ -26,7 +26,7 @@ FILE = dict(lr=1e-4, neg_lr=1e-5, sft_epochs=4.0, generator_epochs=4.0, eval_sam
 BUDGETS = {
     "smoke": dict(sizes=[8, 16], more=[32], seeds=1, words=WORDS | dict(test_limit=12, max_new_tokens=32),
                   file=FILE | dict(limit=8, test_limit=6, max_new_tokens=24), jobs=1, threads=1, dtype="float32"),
-    "cpu": dict(sizes=[16, 32, 64, 128], more=[256], seeds=3, words=WORDS | dict(test_limit=200),
+    "cpu": dict(sizes=[12, 24, 48, 96], more=[192], seeds=3, words=WORDS | dict(test_limit=200),
                 file=FILE | dict(limit=64, test_limit=100, max_new_tokens=128), jobs=2, threads=2, dtype="bfloat16"),
     "gpu": dict(sizes=[50, 100, 200, 400, 800], more=[1600], seeds=3, words=WORDS | dict(steps=2, test_limit=1000),
                 file=FILE | dict(limit=0, test_limit=0, max_new_tokens=256), jobs=1, threads=0, dtype="bfloat16"),
