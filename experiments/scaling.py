@@ -152,7 +152,7 @@ def panel(axis, rate, arms):
             continue
         if read:  # what the arm's data is worth to SFT, at the size where that is least and where it is most
             (least, _), (most, bound) = min(read), max(read)
-            label += f": {least:.1f}x to {'≥' if bound else ''}{most:.0f}x"
+            label += f": {least:.1f}x to {'≥' if bound else ''}{most:.2g}x"
         axis.plot(sizes, errors[:, 0], "o-", ms=3, lw=1.5, color=COLOURS[name], label=label)
         axis.fill_between(sizes, errors[:, 1], errors[:, 2], color=COLOURS[name], alpha=0.15, lw=0)
     axis.set(xscale="log", yscale="log", ylim=(0.01, 1), xlabel="training problems |D|", ylabel="test error (greedy)")
