@@ -25,11 +25,11 @@ WORDS = dict(steps=1, distractors=1, max_new_tokens=48, lr=2e-4, neg_lr=5e-6, sf
 FILE = dict(lr=1e-4, neg_lr=1e-5, sft_epochs=4.0, generator_epochs=4.0, eval_samples=5)
 BUDGETS = {
     "smoke": dict(sizes=[8, 16], more=[32], seeds=1, words=WORDS | dict(test_limit=12, max_new_tokens=32),
-                  file=FILE | dict(limit=8, test_limit=6, max_new_tokens=24), jobs=1, threads=1, dtype="float32"),
+                  file=FILE | dict(limit=8, test_limit=6, max_new_tokens=24), file_seeds=1, jobs=1, threads=1, dtype="float32"),
     "cpu": dict(sizes=[12, 24, 48, 96], more=[192], seeds=3, words=WORDS | dict(test_limit=200),
-                file=FILE | dict(limit=64, test_limit=100, max_new_tokens=128), jobs=2, threads=2, dtype="bfloat16"),
+                file=FILE | dict(limit=32, test_limit=64, max_new_tokens=96), file_seeds=1, jobs=2, threads=2, dtype="bfloat16"),
     "gpu": dict(sizes=[50, 100, 200, 400, 800], more=[1600], seeds=3, words=WORDS | dict(steps=2, test_limit=1000),
-                file=FILE | dict(limit=0, test_limit=0, max_new_tokens=256), jobs=1, threads=0, dtype="bfloat16"),
+                file=FILE | dict(limit=0, test_limit=0, max_new_tokens=256), file_seeds=3, jobs=1, threads=0, dtype="bfloat16"),
 }  # fmt: skip
 
 
@@ -68,8 +68,9 @@ def main():
     if not c.model and c.budget != "smoke":
         raise UsageError("--model is missing; expected a Hugging Face folder of SmolLM2-135M; name one")
     sizes, more = ([b["file"]["limit"]], []) if c.train else (b["sizes"], b["more"])
+    seeds = b["file_seeds"] if c.train else b["seeds"]
     name = "smollm" if not c.train else "smollm-gsm8k"
-    keys = [(seed, size) for size in sorted(sizes + more, reverse=True) for seed in range(b["seeds"])]
+    keys = [(seed, size) for size in sorted(sizes + more, reverse=True) for seed in range(seeds)]
     c.jobs = min(c.jobs or b["jobs"], len(keys))
     flags = {k: v for k, v in b[task].items() if k != "limit"} | dict(dtype=b["dtype"], threads=b["threads"] // c.jobs)
     cells = sweep(c, name, cell, keys, model=str(Path(c.model or BASE).resolve()), data=c.train, test=c.test, more=more,
@@ -78,7 +79,7 @@ def main():
     for (_, size), result in cells.items():
         for arm, record in result["arms"].items():
             verdicts[arm, size].append(bits(record["correct"]))
-    error = resampled({key: np.array(v) for key, v in verdicts.items() if len(v) == b["seeds"]})
+    error = resampled({key: np.array(v) for key, v in verdicts.items() if len(v) == seeds})
     summary, ladder = defaultdict(dict), sorted(sizes + more)
     for (arm, size), e in sorted(error.items(), key=lambda item: item[0][1]):
         summary[arm][size] = record = dict(error=[float(e[0]), *interval(e[1:])])
