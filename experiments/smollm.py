@@ -25,11 +25,14 @@ WORDS = dict(steps=1, distractors=1, max_new_tokens=48, lr=2e-4, neg_lr=5e-6, sf
 FILE = dict(lr=1e-4, neg_lr=1e-5, sft_epochs=4.0, generator_epochs=4.0, eval_samples=5)
 BUDGETS = {
     "smoke": dict(sizes=[8, 16], more=[32], seeds=1, words=WORDS | dict(test_limit=12, max_new_tokens=32),
-                  file=FILE | dict(limit=8, test_limit=6, max_new_tokens=24), file_seeds=1, jobs=1, threads=1, dtype="float32"),
+                  file=FILE | dict(limit=8, test_limit=6, max_new_tokens=24),
+                  file_seeds=1, jobs=1, threads=1, dtype="float32"),
     "cpu": dict(sizes=[12, 24, 48, 96], more=[192], seeds=3, words=WORDS | dict(test_limit=200),
-                file=FILE | dict(limit=32, test_limit=64, max_new_tokens=96), file_seeds=1, jobs=2, threads=2, dtype="bfloat16"),
+                file=FILE | dict(limit=32, test_limit=64, max_new_tokens=96),
+                file_seeds=1, jobs=2, threads=2, dtype="bfloat16"),
     "gpu": dict(sizes=[50, 100, 200, 400, 800], more=[1600], seeds=3, words=WORDS | dict(steps=2, test_limit=1000),
-                file=FILE | dict(limit=0, test_limit=0, max_new_tokens=256), file_seeds=3, jobs=1, threads=0, dtype="bfloat16"),
+                file=FILE | dict(limit=0, test_limit=0, max_new_tokens=256),
+                file_seeds=3, jobs=1, threads=0, dtype="bfloat16"),
 }  # fmt: skip
 
 
