@@ -28,7 +28,7 @@ BUDGETS = {
                   file=FILE | dict(limit=8, test_limit=6, max_new_tokens=24),
                   file_seeds=1, jobs=1, threads=1, dtype="float32"),
     "cpu": dict(sizes=[12, 24, 48, 96], more=[192], seeds=3, words=WORDS | dict(test_limit=200),
-                file=FILE | dict(limit=32, test_limit=64, max_new_tokens=96),
+                file=FILE | dict(limit=128, test_limit=0, max_new_tokens=128),
                 file_seeds=1, jobs=2, threads=2, dtype="bfloat16"),
     "gpu": dict(sizes=[50, 100, 200, 400, 800], more=[1600], seeds=3, words=WORDS | dict(steps=2, test_limit=1000),
                 file=FILE | dict(limit=0, test_limit=0, max_new_tokens=256),
