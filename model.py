@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,8 @@ GPT2_TENSORS = {"embed_tokens": "wte", "embed_positions": "wpe", "layers.": "h."
                 "c_attn", "k_proj": "c_attn", "v_proj": "c_attn"}
 BLOCK = 128  # queries per block of causal attention on a CPU
 PORTION = 64  # tokens by which a cache grows
+SHARED = 8  # rows, at most, that read a common prefix together
+FAR = 2**40  # a position behind all others
 LARGE = 2**20  # numbers; above it, training makes cheap activations again instead of keeping them
 CONSTANTS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias)$")  # of old files; not "c_attn.bias"
 
@@ -188,19 +191,22 @@ def read_window(c):
 class KVCache:
     """Keys and values of the tokens already read by `rows` texts of up to `capacity` tokens.
 
-    k, v: (n_layer, rows, H_kv, room, D) of `dtype`; lengths: int64 (rows,). All room is there from the start, one slot
-    more than `capacity` for padding that does not fit; but where attention is `explicit` it grows by PORTION tokens, so
-    that all of it is looked at (torch copies what is cut out of a tensor before it multiplies), and k lies transposed.
+    k, v: (n_layer, rows, H_kv, room, D) of `dtype`; lengths: int64 (rows,). The room grows by PORTION tokens, so that all
+    of it is looked at (torch copies what is cut out of a tensor before it multiplies), up to one slot more than
+    `capacity`, for padding that does not fit. k lies transposed in memory, as it is multiplied.
     `shortest` and `longest` bound the lengths in Python and so spare a decode step any question to the GPU.
+
+    Texts that begin alike hold only what is their own, behind a row of another cache, `prefix`, that attention reads once
+    for all of them (`branch`). Text r then has `stems[r]` more tokens, which come first and count in no length here.
     """
 
+    prefix = stems = None
+
     def __init__(self, config, rows, capacity, dtype=torch.float32, device="cpu"):
-        self.rows, self.capacity, self.shortest, self.longest = rows, capacity, 0, 0
+        self.config, self.rows, self.capacity, self.shortest, self.longest = config, rows, capacity, 0, 0
         shape = (config.n_layer, rows, config.n_kv_head, 0, config.head_dim)
         self.k = self.v = torch.empty(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self.grows = explicit(self.k)
-        self._make_room(0 if self.grows else capacity + 1)
 
     def _make_room(self, tokens):
         """Room for so many tokens a row, if it is not there yet."""
@@ -208,11 +214,9 @@ class KVCache:
         if tokens > held:
             room = min(self.capacity + 1, -(-tokens // PORTION) * PORTION)
             for name in "kv":  # one after the other: only one of them is there twice for a moment
-                old = getattr(self, name)
-                if self.grows and name == "k":
-                    new = old.new_empty(layers, rows, heads, D, room).transpose(-1, -2)
-                else:
-                    new = old.new_empty(layers, rows, heads, room, D)
+                old, shape = getattr(self, name), (D, room) if name == "k" else (room, D)
+                new = old.new_empty(layers, rows, heads, *shape)
+                new = new.transpose(-1, -2) if name == "k" else new
                 new[:, :, :, :held] = old
                 new[:, :, :, held:] = 0  # a masked slot has weight 0, and 0 * NaN of uninitialised memory is NaN
                 setattr(self, name, new)
@@ -222,9 +226,9 @@ class KVCache:
         self.lengths[:] = lengths
         self.shortest, self.longest = torch.stack(self.lengths.aminmax()).tolist() if self.rows else (0, 0)
 
-    def copy_rows(self, source_cache, source_rows, rows, lengths=None):
-        """Copy what `source_rows` of a cache hold, or its first `lengths` tokens, into `rows` here; all int64 (n,)."""
-        lengths = source_cache.lengths[source_rows] if lengths is None else lengths
+    def copy_rows(self, source_cache, source_rows, rows):
+        """Copy what `source_rows` of a cache hold themselves into `rows` here; both int64 (n,)."""
+        lengths = source_cache.lengths[source_rows]
         held = int(lengths.max()) if len(lengths) else 0
         if held > self.capacity:
             raise ValueError(f"KVCache: a row of {held} tokens does not fit a capacity of {self.capacity}")
@@ -234,39 +238,105 @@ class KVCache:
             mine[:, :, :held].index_copy_(0, rows, other[:, :, :held].index_select(0, source_rows))
         self.set_lengths(self.lengths.index_copy(0, rows, lengths))
 
+    def branch(self, kept, rows=(), source=None, origins=(), stems=()):
+        """Start texts in `rows`, empty and behind the first stems[i] tokens of row origins[i] of the cache `source`; the
+        rows `kept` go on, all others are free. All lists of int. Up to SHARED texts of one origin stand together."""
+        groups, count, device = {}, Counter(), self.lengths.device  # {(cache, its row, portion): rows behind it}
+        for row in kept:
+            groups.setdefault((self.prefix, self.group[row], 0), []).append(row)
+        for row, origin in zip(rows, origins, strict=True):
+            groups.setdefault((source, origin, count[origin] // SHARED), []).append(row)
+            count[origin] += 1
+        sources, texts = {cache for cache, _, _ in groups}, list(groups.values())
+        prefix = KVCache(self.config, len(texts), max(cache.longest for cache in sources), self.k.dtype, device)
+        for cache in sources:
+            moves = [(origin, group) for group, (of, origin, _) in enumerate(groups) if of is cache]
+            prefix.copy_rows(cache, *torch.tensor(moves, device=device).T)
+        size, place = max(map(len, texts)), [(0, 0)] * self.rows  # a free row may stand anywhere
+        for group, members in enumerate(texts):
+            for number, row in enumerate(members):
+                place[row] = group, number
+        members = torch.tensor([m + m[:1] * (size - len(m)) for m in texts], device=device)  # (P, M), filled up
+        group, number = torch.tensor(place, device=device).T
+        heads = torch.arange(self.k.shape[2], device=device)
+        self.members, self.places = (members[:, None], heads[:, None]), (group[:, None], heads, number[:, None])
+        self.prefix, self.group = prefix, group.tolist()
+        at = torch.tensor(rows, dtype=torch.long, device=device)
+        self.stems = torch.zeros_like(self.lengths) if self.stems is None else self.stems
+        self.stems[at] = torch.tensor(stems, dtype=torch.long, device=device)
+        self.set_lengths(self.lengths.index_fill(0, at, 0))
+
     def keep(self, rows):
         """Keep `rows`, int64 (n,), as rows 0..n-1 and drop the others, inside the memory held."""
         n = len(rows)
         self.copy_rows(self, rows, torch.arange(n, device=rows.device))
         self.rows, self.k, self.v, self.lengths = n, self.k[:, :n], self.v[:, :n], self.lengths[:n]
         self.set_lengths(self.lengths)
+        if self.prefix:
+            self.stems, self.group = self.stems[rows], [self.group[row] for row in rows.tolist()]
+            self.branch(range(n))
 
     def _open(self, B, T, counts, limit):
-        """Check that the new tokens fit in `limit` and fix where they go; returns their positions, int64 (B, T)."""
-        if B > self.rows:
+        """Check that the new tokens fit, and that no position reaches `limit`; fix where they go. Returns their positions,
+        int64 (B, T)."""
+        if B > self.rows or (self.prefix and B < self.rows):
             raise ValueError(f"KVCache: a batch of {B} rows for a cache of {self.rows}")
-        if self.longest + T > limit:
+        stems, before = (self.stems[:B], self.prefix.longest) if self.prefix else (0, 0)
+        if self.longest + T > min(self.capacity, limit - before):
             self.set_lengths(self.lengths)  # the bound may be loose, or padding exceed the limit: look before refusing
-            needed = int((self.lengths[:B] + (T if counts is None else counts)).max())
-            if needed > limit:
-                raise ValueError(f"KVCache: a row would hold {needed} tokens, the limit is {limit}; enlarge the cache")
-        self.span, fits = min(self.longest + T, limit), self.longest + T <= limit
-        self._make_room(self.span + 1)
-        self.seen = self.k.shape[3] if self.grows else self.span
-        self.empty, self.even = fits and self.longest == 0, fits and self.shortest == self.longest
-        positions = self.lengths[:B, None] + torch.arange(T, device=self.lengths.device)
-        self.slots = torch.arange(B, device=self.lengths.device)[:, None], positions.clamp(max=limit)
-        return positions
+            needed = self.lengths[:B] + (T if counts is None else counts)
+            for most, tokens in ((self.capacity, needed), (limit, stems + needed)):
+                if int(tokens.max()) > most:
+                    raise ValueError(f"KVCache: a row would hold {int(tokens.max())} tokens, the limit is {most}; "
+                                     "enlarge the cache")  # fmt: skip
+        self.span, fits = min(self.longest + T, self.capacity), self.longest + T <= self.capacity
+        self._make_room(self.span + (not fits))
+        self.empty = fits and self.longest == 0 and not self.prefix
+        self.even = fits and self.shortest == self.longest
+        places = self.lengths[:B, None] + torch.arange(T, device=self.lengths.device)
+        self.slots = torch.arange(B, device=places.device)[:, None], places.clamp(max=self.capacity)
+        return places + (stems[:, None] if self.prefix else 0)
 
     def _write(self, layer, k, v):
-        """Store k, v (B, H_kv, T, D) of one layer; returns what its queries may look at, (B, H_kv, S, D)."""
+        """Store k, v (B, H_kv, T, D) of one layer."""
         B, _, T, _ = k.shape
         for held, new in ((self.k[layer], k), (self.v[layer], v)):
             if self.even:
                 held[:B, :, self.longest : self.longest + T] = new
             else:
                 held[self.slots[0], :, self.slots[1]] = new.transpose(1, 2).to(held.dtype)
-        return (k, v) if self.empty else (self.k[layer, :B, :, : self.seen], self.v[layer, :B, :, : self.seen])
+
+    def _columns(self):
+        """The position of each token that a row may look at, int64 (S,) or (B, S): of the prefix, then its own."""
+        own = torch.arange(self.k.shape[3], device=self.lengths.device)
+        if not self.prefix:
+            return own
+        before, stems = torch.arange(self.prefix.k.shape[3], device=own.device), self.stems[:, None]
+        return torch.cat((before.masked_fill(before >= stems, FAR), stems + own), dim=1)
+
+    def _attend(self, layer, q, mask):
+        """Attention of q (B, H_kv, G*T, D), times the scale, over all that is held of one layer: matrix products, as the
+        softmax goes over two caches, and as on a CPU they outrun torch's kernel with a mask."""
+        B = len(q)
+        scores = q @ self.k[layer, :B].transpose(-1, -2)  # (B, H_kv, G*T, S)
+        if self.prefix:
+            before = self._together(q) @ self.prefix.k[layer].transpose(-1, -2)  # (P, H_kv, M*G*T, S of the prefix)
+            scores = torch.cat((self._apart(before), scores), dim=-1)
+        if mask is not None:  # not -inf: padding may see nothing, and its NaN would stay in the cache
+            scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(-1)
+        if not self.prefix:
+            return weights @ self.v[layer, :B]
+        before, own = weights.split((before.shape[-1], self.k.shape[3]), dim=-1)
+        return own @ self.v[layer, :B] + self._apart(self._together(before) @ self.prefix.v[layer])
+
+    def _together(self, x):
+        """(B, H_kv, N, .) -> (P, H_kv, M*N, .): rows with a common prefix as queries of one text."""
+        return x[self.members].flatten(2, 3)
+
+    def _apart(self, x):
+        """(P, H_kv, M*N, .) -> (B, H_kv, N, .), the way back."""
+        return x.unflatten(2, (self.members[0].shape[-1], -1))[self.places]
 
     def _close(self, B, T, counts):
         """Count the new tokens; after a decode step by bounds only, without a host sync."""
@@ -275,11 +345,6 @@ class KVCache:
         self.shortest += T if counts is None and B == self.rows else 0
         if counts is not None and T > 1:
             self.set_lengths(self.lengths)
-
-
-def explicit(x):
-    """Whether attention over a cache is two matrix products here: in bfloat16 on a CPU they outrun torch's kernel."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
 def rope_angles(config, positions, dtype):
@@ -324,22 +389,18 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache._write(self.layer, k, v)
+            cache._write(self.layer, k, v)
         group = self.heads // self.kv_heads
-        if mask is None and T > BLOCK and x.device.type == "cpu":
+        if cache is not None and not cache.empty:
+            y = cache._attend(self.layer, q.reshape(B, self.kv_heads, group * T, -1) * self.scale, mask)
+        elif mask is None and T > BLOCK and x.device.type == "cpu":
             y = self.in_blocks(q, k, v, group)
         elif mask is None and T > 1:
             k, v = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         else:  # the group becomes more queries of one key head, so that a long cache is read once, not G times
             q = q.reshape(B, self.kv_heads, group * T, -1)
-            if cache is not None and explicit(k):
-                scores = (q * self.scale) @ k.transpose(-1, -2)  # (B, H_kv, G*T, S)
-                if mask is not None:  # not -inf: padding may see nothing, and its NaN would stay in the cache
-                    scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
-                y = scores.softmax(-1) @ v
-            else:
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
         return self.o_proj(y.reshape(B, self.heads, T, -1).transpose(1, 2).reshape(B, T, -1))
 
     def in_blocks(self, q, k, v, group):
@@ -442,7 +503,7 @@ class GPT(nn.Module):
         (B, T), learned = input_ids.shape, self.embed_positions is not None
         limit = self.config.max_len if learned else math.inf
         if cache is not None:
-            positions = cache._open(B, T, counts, min(limit, cache.capacity))  # (B, T)
+            positions = cache._open(B, T, counts, limit)  # (B, T)
         elif T > limit:
             raise ValueError(f"a text of {T} tokens, but the model has only {limit} positions")
         else:
@@ -466,12 +527,13 @@ class GPT(nn.Module):
     def _masks(self, positions, cache):
         """{window: mask as in `Attention`} for the windows in use: made once per forward, not per layer."""
         T, square, masks = positions.shape[1], cache is None or cache.empty, {}
-        even, span = square or cache.even, T if square else cache.seen
-        rows, columns = positions[:, None, :, None], torch.arange(span, device=positions.device)
-        rows = rows[:1] if even else rows  # rows of one length share a mask
+        even = square or (cache.even and not cache.prefix)
+        columns = torch.arange(T, device=positions.device) if square else cache._columns()
+        columns, rows = columns.view(-1, 1, 1, columns.shape[-1])[: len(positions)], positions[:, None, :, None]
+        rows, span = rows[:1] if even else rows, columns.shape[-1]  # rows of one length share a mask
         for window in set(self.config.window or [None]):
             whole = window is None or window >= span
-            if whole and (square or (T == 1 and even and cache.seen == cache.span)):
+            if whole and (square or (T == 1 and even and span == cache.span)):
                 masks[window] = None
             else:
                 mask = columns <= rows if whole else (columns <= rows) & (columns > rows - window)

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from data import DEFAULT_PROMPT, DataError, Tokenizer, edit_distance, equation_key, format_prompt, is_correct
 from data import load_problems, split_steps
-from model import GPT, KVCache
+from model import GPT, SHARED, KVCache
 
 # ---------------------------------------------------------------- what the three entry points share
 
@@ -364,10 +364,10 @@ def choose(logits, u, temperature, top_p):
 class Slots:
     """Rows that decode together; a finished row gives its place to a waiting sample (continuous batching)."""
 
-    def __init__(self, model, rows, capacity, width, stop_ids, pick):
+    def __init__(self, model, rows, width, stop_ids, pick):
         p = next(model.parameters())
         self.model, self.pick = model, pick
-        self.cache = KVCache(model.config, rows, capacity, p.dtype, p.device)
+        self.cache = KVCache(model.config, rows, width, p.dtype, p.device)  # of what is sampled
         self.stop = torch.tensor(sorted(stop_ids) or [-1], device=p.device)
         self.owner = [None] * rows  # (prompt, sample) of the row, None when free
         self.token, self.made, self.budget = torch.zeros(3, rows, dtype=torch.long, device=p.device)
@@ -375,8 +375,12 @@ class Slots:
         self.u = torch.zeros(rows, width, device=p.device)
         self.done = torch.ones(rows, dtype=torch.bool, device=p.device)
 
-    def admit(self, rows, owners, u, budgets, logits):
-        """Start samples in rows whose cache holds their prompt. Each draws its own first token."""
+    def admit(self, rows, owners, source, origins, stems, u, budgets, logits):
+        """Start samples in free rows, each behind the first stems[i] tokens of row origins[i] of the cache `source`, its
+        prompt. Each draws its own first token."""
+        busy = [row for row, owner in enumerate(self.owner) if owner is not None]
+        self.cache.branch(busy, rows, source, origins, stems)
+        rows = torch.tensor(rows, device=self.token.device)
         self.u[rows] = torch.from_numpy(u).to(rows.device)
         self.token[rows] = token = self.pick(logits, self.u[rows, 0])
         self.out[rows, 0], self.made[rows], self.budget[rows] = token, 1, torch.tensor(budgets, device=rows.device)
@@ -386,8 +390,12 @@ class Slots:
 
     def step(self):
         """One token for every row that is not done."""
-        live = ~self.done
-        logits = self.model.logits(self.model.hidden(self.token[:, None], self.cache, live.long())[:, 0])
+        live, counts = ~self.done, None
+        if self.model.config.position == "learned":
+            counts = live.long()  # its positions end: a finished row stands still
+        elif self.cache.longest == self.cache.capacity:  # else it runs on, so that all rows write at one place,
+            self.cache.set_lengths(self.cache.lengths * live)  # up to the end of its room
+        logits = self.model.logits(self.model.hidden(self.token[:, None], self.cache, counts)[:, 0])
         at = self.made.clamp(max=self.out.shape[1] - 1)[:, None]  # a done row writes back what is there
         token = self.pick(logits, self.u.gather(1, at)[:, 0])
         self.out.scatter_(1, at, torch.where(live[:, None], token[:, None], self.out.gather(1, at)))
@@ -469,7 +477,7 @@ def generate(model, prompts, n=1, *, streams=None, max_new_tokens=256, temperatu
     if not alive or not n:
         return results
     families = [[alive[j] for j in family] for family in nested([prompts[i] for i in alive])][::-1]
-    capacity, width = max(len(prompts[i]) + budgets[i] for i in alive), max(budgets[i] for i in alive)
+    width = max(budgets[i] for i in alive)
 
     def draws(i, sample):
         stem, first = streams[i] if streams else (len(prompts[i]), 0)
@@ -480,8 +488,9 @@ def generate(model, prompts, n=1, *, streams=None, max_new_tokens=256, temperatu
             logits[..., vocab_size:] = float("-inf")
         return choose(logits, u, temperature, top_p)
 
+    capacity = width + max(len(prompts[i]) for i in alive) / min(n, SHARED)
     rows = min(slots or default_slots(model, capacity), n * len(alive))
-    running, waiting, prefilled = Slots(model, rows, capacity, width, stop_ids, pick), [], 0
+    running, waiting, prefilled = Slots(model, rows, width, stop_ids, pick), [], 0
     device = running.token.device
     patience = 8 if device.type == "cuda" else 1  # tokens between two looks at `done`, for which a GPU must wait
     while True:
@@ -489,18 +498,21 @@ def generate(model, prompts, n=1, *, streams=None, max_new_tokens=256, temperatu
         while free and (waiting or families):
             if not waiting:  # prefill about as many prompts as there is room for
                 batch = [families.pop()]
+                size = len(prompts[batch[0][0]])  # the longest: all are padded to it
+                real = size
                 while families and sum(map(len, batch)) * n < len(free):
+                    real += len(prompts[families[-1][0]])
+                    if size * (len(batch) + 1) > 1.25 * real:  # the next ones are so much shorter: another batch
+                        break
                     batch.append(families.pop())
                 source, members = prefill(model, prompts, batch)
                 waiting = [(i, sample, row, logits) for i, row, logits in members for sample in range(n)]
                 prefilled += sum(len(prompts[family[0]]) for family in batch)
             now, waiting = waiting[: len(free)], waiting[len(free) :]
             owners, origins, logits = [w[:2] for w in now], [w[2] for w in now], torch.stack([w[3] for w in now])
-            lengths = torch.tensor([len(prompts[i]) for i, _ in owners], device=device)
-            at, free = torch.tensor(free[: len(now)], device=device), free[len(now) :]
-            running.cache.copy_rows(source, torch.tensor(origins, device=device), at, lengths)
-            u = np.concatenate([draws(*owner) for owner in owners])
-            running.admit(at, owners, u, [budgets[i] for i, _ in owners], logits)
+            stems, u = [len(prompts[i]) for i, _ in owners], np.concatenate([draws(*owner) for owner in owners])
+            running.admit(free[: len(now)], owners, source, origins, stems, u, [budgets[i] for i, _ in owners], logits)
+            free = free[len(now) :]
         total, busy = len(running.owner), sum(owner is not None for owner in running.owner)
         if not busy:
             break

@@ -77,15 +77,13 @@ def refuses(path, *words):
         assert word in message, message
 
 
-@pytest.fixture(params=["kernel", "explicit"])
-def attention(request, monkeypatch):
-    """Both kinds of attention over a cache, in fp32: torch's kernel; products, over a cache that grows (by three)."""
-    if request.param == "explicit":
-        monkeypatch.setattr(model_module, "explicit", lambda x: True)
-        monkeypatch.setattr(model_module, "PORTION", 3)
+@pytest.fixture(params=[64, 3])
+def portion(request, monkeypatch):
+    """A cache that has all its room at once, and one that grows (by three)."""
+    monkeypatch.setattr(model_module, "PORTION", request.param)
 
 
-with_both = pytest.mark.usefixtures("attention")
+with_both = pytest.mark.usefixtures("portion")
 
 # ---- numbers
 
@@ -258,6 +256,61 @@ def test_copy_rows_and_keep(name):
         KVCache(model.config, 1, 12).copy_rows(prompts, torch.tensor([0]), torch.tensor([0]))
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen2-window", "mistral"])
+@with_both
+@torch.no_grad()
+def test_rows_behind_a_common_prefix(name, monkeypatch):
+    """Guards attention over two caches: texts that branch off a prompt, at its end or before, beside others that started
+    earlier and beside free rows, say what each of them says alone; after rows were dropped, too."""
+    monkeypatch.setattr(model_module, "SHARED", 2)
+    model, want = golden(name)
+    ids, lengths, generator = want["ids"], want["lengths"], torch.Generator().manual_seed(0)
+    source, cache, texts = KVCache(model.config, 4, 13), KVCache(model.config, 6, 12), {}
+
+    def go_on(steps):
+        for _ in range(steps):
+            new = torch.randint(72, (cache.rows, 1), generator=generator)
+            got = model(new, cache)[:, 0]
+            for row in texts:
+                texts[row] = torch.cat((texts[row], new[row]))
+                torch.testing.assert_close(got[row], model(texts[row][None])[0, -1], **TOLERANCE)
+
+    def start(rows, origins, stems):
+        cache.branch(list(texts), rows, source, origins, stems)
+        texts.update({row: ids[origin, :stem] for row, origin, stem in zip(rows, origins, stems, strict=True)})
+
+    model(ids, source, lengths)
+    start([4, 0, 1, 2], [0, 0, 0, 1], [13, 13, 6, 4])  # two and one of the same row; 3 and 5 are free
+    assert len(cache.prefix.lengths) == 3
+    go_on(3)
+    del texts[0], texts[2]  # finished
+    start([2, 5], [3, 0], [9, 2])
+    assert cache.lengths.tolist()[1:3] == [3, 0] and len(cache.prefix.lengths) == 4
+    go_on(2)
+    cache.keep(torch.tensor([5, 1]))
+    texts = {0: texts[5], 1: texts[1]}
+    assert len(cache.prefix.lengths) == 2
+    go_on(4)
+    with pytest.raises(ValueError, match="1 rows"):
+        model(ids[:1, :1], cache)
+    with pytest.raises(ValueError, match="13 tokens, the limit is 12"):
+        go_on(4)
+
+
+@torch.no_grad()
+def test_learned_positions_end_behind_a_prefix():
+    """Guards a position table that is longer than what a row holds itself, but not than its prefix and that."""
+    model, want = golden("gpt2")
+    source, cache = KVCache(model.config, 1, 30), KVCache(model.config, 2, 30)
+    model(torch.randint(72, (1, 30)), source)
+    cache.branch([], [0, 1], source, [0, 0], [30, 1])
+    for _ in range(2):
+        model(torch.zeros(2, 1, dtype=torch.long), cache)
+    with pytest.raises(ValueError, match="33 tokens, the limit is 32"):
+        model(torch.zeros(2, 1, dtype=torch.long), cache)
+    model(torch.zeros(2, 1, dtype=torch.long), cache, torch.tensor([0, 1]))
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2-window"])
 @torch.no_grad()
 def test_bfloat16_decode(name):
@@ -265,7 +318,6 @@ def test_bfloat16_decode(name):
     model, want = golden(name)
     lengths, half = want["lengths"], GPT.from_pretrained(GOLDEN / name, dtype=torch.bfloat16)
     cache = KVCache(half.config, rows=len(lengths), capacity=32, dtype=torch.bfloat16)
-    assert cache.grows
     half(want["ids"], cache, lengths)
     whole = (half(want["ids"]).float() - want["logits"]).abs()[real(lengths, want["ids"].shape[1])].max()
     for step in range(want["greedy"].shape[1]):
