@@ -191,13 +191,13 @@ def read_window(c):
 class KVCache:
     """Keys and values of the tokens already read by `rows` texts of up to `capacity` tokens.
 
-    k, v: (n_layer, rows, H_kv, room, D) of `dtype`; lengths: int64 (rows,). The room grows by PORTION tokens, so that all
-    of it is looked at (torch copies what is cut out of a tensor before it multiplies), up to one slot more than
+    k, v: (n_layer, rows, H_kv, room, D) of `dtype`; lengths: int64 (rows,). The room grows by PORTION tokens, so that
+    all of it is looked at (torch copies what is cut out of a tensor before it multiplies), up to one slot more than
     `capacity`, for padding that does not fit. k lies transposed in memory, as it is multiplied.
     `shortest` and `longest` bound the lengths in Python and so spare a decode step any question to the GPU.
 
-    Texts that begin alike hold only what is their own, behind a row of another cache, `prefix`, that attention reads once
-    for all of them (`branch`). Text r then has `stems[r]` more tokens, which come first and count in no length here.
+    Texts that begin alike hold only what is their own, behind a row of another cache, `prefix`, that attention reads
+    once for all of them (`branch`). Text r then has `stems[r]` more tokens, which come first and count in no length.
     """
 
     prefix = stems = None
@@ -239,8 +239,8 @@ class KVCache:
         self.set_lengths(self.lengths.index_copy(0, rows, lengths))
 
     def branch(self, kept, rows=(), source=None, origins=(), stems=()):
-        """Start texts in `rows`, empty and behind the first stems[i] tokens of row origins[i] of the cache `source`; the
-        rows `kept` go on, all others are free. All lists of int. Up to SHARED texts of one origin stand together."""
+        """Start texts in `rows`, empty and behind the first stems[i] tokens of row origins[i] of the cache `source`;
+        the rows `kept` go on, all others are free. Lists of int. Up to SHARED texts of one origin stand together."""
         groups, count, device = {}, Counter(), self.lengths.device  # {(cache, its row, portion): rows behind it}
         for row in kept:
             groups.setdefault((self.prefix, self.group[row], 0), []).append(row)
@@ -277,8 +277,8 @@ class KVCache:
             self.branch(range(n))
 
     def _open(self, B, T, counts, limit):
-        """Check that the new tokens fit, and that no position reaches `limit`; fix where they go. Returns their positions,
-        int64 (B, T)."""
+        """Check that the new tokens fit, and that no position reaches `limit`; fix where they go. Returns their
+        positions, int64 (B, T)."""
         if B > self.rows or (self.prefix and B < self.rows):
             raise ValueError(f"KVCache: a batch of {B} rows for a cache of {self.rows}")
         stems, before = (self.stems[:B], self.prefix.longest) if self.prefix else (0, 0)
@@ -315,8 +315,8 @@ class KVCache:
         return torch.cat((before.masked_fill(before >= stems, FAR), stems + own), dim=1)
 
     def _attend(self, layer, q, mask):
-        """Attention of q (B, H_kv, G*T, D), times the scale, over all that is held of one layer: matrix products, as the
-        softmax goes over two caches, and as on a CPU they outrun torch's kernel with a mask."""
+        """Attention of q (B, H_kv, G*T, D), times the scale, over all that is held of one layer: matrix products, as
+        the softmax goes over two caches, and as on a CPU they outrun torch's kernel with a mask."""
         B = len(q)
         scores = q @ self.k[layer, :B].transpose(-1, -2)  # (B, H_kv, G*T, S)
         if self.prefix:

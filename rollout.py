@@ -376,8 +376,8 @@ class Slots:
         self.done = torch.ones(rows, dtype=torch.bool, device=p.device)
 
     def admit(self, rows, owners, source, origins, stems, u, budgets, logits):
-        """Start samples in free rows, each behind the first stems[i] tokens of row origins[i] of the cache `source`, its
-        prompt. Each draws its own first token."""
+        """Start samples in free rows, each behind its prompt: the first stems[i] tokens of row origins[i] of the cache
+        `source`. Each draws its own first token."""
         busy = [row for row, owner in enumerate(self.owner) if owner is not None]
         self.cache.branch(busy, rows, source, origins, stems)
         rows = torch.tensor(rows, device=self.token.device)

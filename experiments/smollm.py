@@ -4,8 +4,9 @@
     python experiments/smollm.py --budget cpu --model SmolLM2-135M --train gsm8k_train.jsonl --test gsm8k_test.jsonl
 
 Every cell is one run of `train.py`, so its folder holds all that such a run writes; `more` sizes are SFT alone, so that
-there is a curve on which to read the multipliers off. The model was pretrained by others on text at large. World,
-learning rates and epochs of (a) were chosen with seed 0 and 64 problems on the validation split; nothing was tuned on
+there is a curve on which to read the multipliers off. All test problems get a greedy answer; of a file the first
+`sampled` (0: all) get pass@5 too, which costs five times as much. The model was pretrained by others on text at large.
+World, learning rates and epochs of (a) were chosen with seed 0 and 64 problems on the validation split; nothing was tuned on
 (b). Without --model, the smoke budget takes experiments/base.
 """
 
@@ -16,23 +17,24 @@ from pathlib import Path
 import numpy as np
 from lab import LabConfig, bits, figure, interval, multiplier, publish, read, resampled, sweep
 
-from rollout import UsageError, entry, flag, parse, read_rows
-from train import BASE, TrainConfig, resolve, run
+from evaluate import evaluate
+from rollout import UsageError, entry, flag, load_policy, parse, read_rows
+from train import BASE, TrainConfig, load_data, resolve, run
 
 COMMON = dict(batch=8, micro_tokens=2048, pos_epochs=4.0, neg_epochs=2.0, samples=8, negatives=2, rollouts=4, keep=2)
 WORDS = dict(steps=1, distractors=1, max_new_tokens=48, lr=2e-4, neg_lr=5e-6, sft_epochs=8.0, generator_epochs=3.0,
              eval_samples=0)  # fmt: skip
-FILE = dict(lr=1e-4, neg_lr=1e-5, sft_epochs=4.0, generator_epochs=4.0, eval_samples=5)
+FILE = dict(lr=1e-4, neg_lr=1e-5, sft_epochs=4.0, generator_epochs=4.0, eval_samples=0)
 BUDGETS = {
     "smoke": dict(sizes=[8, 16], more=[32], seeds=1, words=WORDS | dict(test_limit=12, max_new_tokens=32),
                   file=FILE | dict(limit=8, test_limit=6, max_new_tokens=24),
-                  file_seeds=1, jobs=1, threads=1, dtype="float32"),
+                  sampled=3, file_seeds=1, jobs=1, threads=1, dtype="float32"),
     "cpu": dict(sizes=[12, 24, 48, 96], more=[192], seeds=3, words=WORDS | dict(test_limit=200),
                 file=FILE | dict(limit=128, test_limit=0, max_new_tokens=128),
-                file_seeds=1, jobs=2, threads=2, dtype="bfloat16"),
+                sampled=400, file_seeds=1, jobs=2, threads=2, dtype="bfloat16"),
     "gpu": dict(sizes=[50, 100, 200, 400, 800], more=[1600], seeds=3, words=WORDS | dict(steps=2, test_limit=1000),
                 file=FILE | dict(limit=0, test_limit=0, max_new_tokens=256),
-                file_seeds=3, jobs=1, threads=0, dtype="bfloat16"),
+                sampled=0, file_seeds=3, jobs=1, threads=0, dtype="bfloat16"),
 }  # fmt: skip
 
 
@@ -43,13 +45,17 @@ class SmolConfig(LabConfig):
     test: str = flag("", "JSONL of test problems, with --train")
 
 
-def cell(folder, seed, size, model, data, test, more, flags):
+def cell(folder, seed, size, model, data, test, more, flags, sampled):
     """One run of train.py, and of its folder what a claim needs."""
     mode = "sft" if size in more else "neg"
     flags = COMMON | flags | dict(mode=mode, out=str(folder), seed=seed, model=model, limit=size)
     c = resolve(TrainConfig(**flags, **(dict(data=data, test_data=test) if data else {})))
     run(c)
     results = read(folder / "results.json")
+    for name in results if data else ():
+        some = evaluate(load_policy(folder / name, c), load_data(c)[1][: sampled or None], folder / name / "eval",
+                        samples=5, max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed)  # fmt: skip
+        results[name] |= {"sampled": some["problems"]} | {key: v for key, v in some.items() if "@" in key}
     arms = {name: {k: v for k, v in r.items() if k not in ("correct", "interval", "problems")}
             | {"correct": "".join("01"[x] for x in r["correct"])} for name, r in results.items()}  # fmt: skip
     kept = {k: str(v) for k, v in vars(c).items() if k not in ("out", "model", "data", "test_data")}  # no paths
@@ -77,7 +83,7 @@ def main():
     c.jobs = min(c.jobs or b["jobs"], len(keys))
     flags = {k: v for k, v in b[task].items() if k != "limit"} | dict(dtype=b["dtype"], threads=b["threads"] // c.jobs)
     cells = sweep(c, name, cell, keys, model=str(Path(c.model or BASE).resolve()), data=c.train, test=c.test, more=more,
-                  flags=flags)  # fmt: skip
+                  flags=flags, sampled=b["sampled"])  # fmt: skip
     verdicts = defaultdict(list)
     for (_, size), result in cells.items():
         for arm, record in result["arms"].items():

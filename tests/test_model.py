@@ -260,8 +260,8 @@ def test_copy_rows_and_keep(name):
 @with_both
 @torch.no_grad()
 def test_rows_behind_a_common_prefix(name, monkeypatch):
-    """Guards attention over two caches: texts that branch off a prompt, at its end or before, beside others that started
-    earlier and beside free rows, say what each of them says alone; after rows were dropped, too."""
+    """Guards attention over two caches: texts that branch off a prompt, at its end or before, beside others that
+    started earlier and beside free rows, say what each of them says alone; after rows were dropped, too."""
     monkeypatch.setattr(model_module, "SHARED", 2)
     model, want = golden(name)
     ids, lengths, generator = want["ids"], want["lengths"], torch.Generator().manual_seed(0)

