@@ -38,6 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -347,18 +348,33 @@ def uniforms(seed, prompt, samples, steps):
     return (x.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
 
 
+def invert(weights, u):
+    """The first index at which the running sum of weights (B, N) exceeds u (B,) of the whole, int64 (B,), and how far
+    into that weight: (B,), uniform again if u was."""
+    sums = weights.cumsum(-1)
+    target = u[:, None] * sums[:, -1:]  # the sum is not exactly 1 in floats
+    index = torch.searchsorted(sums, target, right=True).clamp_(max=weights.shape[-1] - 1)
+    weight = weights.gather(-1, index)
+    inside = (target - (sums.gather(-1, index) - weight)) / weight
+    return index[:, 0], inside.clamp_(0, 1 - 2**-23)[:, 0]  # below 1, whatever was rounded
+
+
 def choose(logits, u, temperature, top_p):
     """One token per row by inversion: the first id whose cumulative probability exceeds u. (B, V), (B,) -> (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    p = torch.softmax(logits.float() / temperature, dim=-1)
+    p, rows = torch.softmax(logits.float() / temperature, dim=-1), torch.arange(len(logits), device=logits.device)
     if top_p < 1:  # for show only: data that a loss sees must come from the policy itself
         p, order = p.sort(dim=-1, descending=True)
         p = p * (p.cumsum(-1) - p < top_p)  # a token stays while those before it have not filled top_p
-    cumulative = p.cumsum(-1)
-    target = (u[:, None] * cumulative[:, -1:]).contiguous()  # the sum is not exactly 1 in floats
-    token = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[-1] - 1)
-    return (order.gather(-1, token) if top_p < 1 else token)[:, 0]
+        return order[rows, invert(p, u)[0]]
+    if p.shape[-1] < 1024:
+        return invert(p, u)[0]
+    # first a block of ids, then one of them: a running sum over a large vocabulary takes a twentieth of a step
+    p = F.pad(p, (0, -p.shape[-1] % 256)) if p.shape[-1] % 256 else p
+    blocks = p.unflatten(-1, (-1, 256))
+    block, u = invert(blocks.sum(-1), u)
+    return block * 256 + invert(blocks[rows, block], u)[0]
 
 
 class Slots:

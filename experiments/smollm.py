@@ -6,8 +6,8 @@
 Every cell is one run of `train.py`, so its folder holds all that such a run writes; `more` sizes are SFT alone, so that
 there is a curve on which to read the multipliers off. All test problems get a greedy answer; of a file the first
 `sampled` (0: all) get pass@5 too, which costs five times as much. The model was pretrained by others on text at large.
-World, learning rates and epochs of (a) were chosen with seed 0 and 64 problems on the validation split; nothing was tuned on
-(b). Without --model, the smoke budget takes experiments/base.
+World, learning rates and epochs of (a) were chosen with seed 0 and 64 problems on the validation split; nothing was
+tuned on (b). Without --model, the smoke budget takes experiments/base.
 """
 
 from collections import defaultdict

@@ -211,6 +211,20 @@ def test_rows_without_a_token_are_never_drawn():
     assert token.max() < 3
 
 
+@pytest.mark.parametrize("vocab", [1024, 1500])
+def test_a_token_of_a_large_vocabulary(vocab):
+    """Guards the choice by blocks: a wrong block, a block's edge, the padding behind the last id, ids of no chance."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, vocab, generator=generator)
+    logits[0, 100:700] = logits[0, -70:] = -math.inf
+    u = torch.cat((torch.rand(4000, generator=generator).clamp(2**-24), torch.tensor([2.0**-24, 1 - 2.0**-24])))
+    token = choose(logits.repeat(len(u), 1), u, 0.7, 1.0)
+    sums = (logits.double() / 0.7).softmax(-1)[0].cumsum(0)
+    low, high = torch.cat((sums.new_zeros(1), sums))[token], sums[token]
+    assert ((low - 1e-6 < u) & (u < high + 1e-6)).all(), "each u lies in its token's share of (0, 1)"
+    assert logits[0, token].isfinite().all() and token.max() < vocab - 70 and len(token.unique()) > 200
+
+
 def test_uniforms_are_uniform_and_stateless():
     """Random numbers that repeat across samples, positions, prompts or seeds, or that reach 0 or 1."""
     u = rollout.uniforms(0, [1, 2], range(64), 256)
