@@ -193,7 +193,7 @@ class KVCache:
 
     k, v: (n_layer, rows, H_kv, room, D) of `dtype`; lengths: int64 (rows,). The room grows by PORTION tokens, so that
     all of it is looked at (torch copies what is cut out of a tensor before it multiplies), up to one slot more than
-    `capacity`, for padding that does not fit. k lies transposed in memory, as it is multiplied.
+    `capacity`, for padding that does not fit.
     `shortest` and `longest` bound the lengths in Python and so spare a decode step any question to the GPU.
 
     Texts that begin alike hold only what is their own, behind a row of another cache, `prefix`, that attention reads
@@ -214,10 +214,8 @@ class KVCache:
         if tokens > held:
             room = min(self.capacity + 1, -(-tokens // PORTION) * PORTION)
             for name in "kv":  # one after the other: only one of them is there twice for a moment
-                old, shape = getattr(self, name), (D, room) if name == "k" else (room, D)
-                new = old.new_empty(layers, rows, heads, *shape)
-                new = new.transpose(-1, -2) if name == "k" else new
-                new[:, :, :, :held] = old
+                new = self.v.new_empty(layers, rows, heads, room, D)
+                new[:, :, :, :held] = getattr(self, name)
                 new[:, :, :, held:] = 0  # a masked slot has weight 0, and 0 * NaN of uninitialised memory is NaN
                 setattr(self, name, new)
 
