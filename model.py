@@ -389,14 +389,14 @@ class Attention(nn.Module):
         if cache is not None:
             cache._write(self.layer, k, v)
         group = self.heads // self.kv_heads
-        if cache is not None and not cache.empty:
+        if cache is not None and not cache.empty:  # a group's heads are queries of one key head: its keys are read once
             y = cache._attend(self.layer, q.reshape(B, self.kv_heads, group * T, -1) * self.scale, mask)
         elif mask is None and T > BLOCK and x.device.type == "cpu":
             y = self.in_blocks(q, k, v, group)
         elif mask is None and T > 1:
             k, v = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-        else:  # the group becomes more queries of one key head, so that a long cache is read once, not G times
+        else:
             q = q.reshape(B, self.kv_heads, group * T, -1)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
         return self.o_proj(y.reshape(B, self.heads, T, -1).transpose(1, 2).reshape(B, T, -1))

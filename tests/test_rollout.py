@@ -164,6 +164,14 @@ def test_learned_positions_exactly_full():
         assert len(got) == budget and got[:10] == argmax_loop(model, prompt, 10)
 
 
+def test_a_finished_row_beside_longer_ones():
+    """Guards rows that run on when they are done: past the end of the position table."""
+    for hf in (GPT2_TOY, TOY):
+        model, prompts, budgets = toy(hf), prompts_of(60, 2, 3), [4, 62, 60]
+        got = generate(model, prompts, max_new_tokens=budgets, temperature=0)
+        assert got == [[argmax_loop(model, p, b)] for p, b in zip(prompts, budgets, strict=True)]
+
+
 def test_nested_prompts_are_prefilled_once():
     """Step prefixes of one solution read again and again, or continued from a neighbour's keys and values."""
     model, long = toy(), prompts_of(14)[0]
