@@ -4,7 +4,7 @@
 
 The peers run under interpreters of their own (README.md beside this file); without them only this project is measured.
 All are timed from the prompts' ids to the last new id, after a first short call; vLLM's start-up (engine, compilation)
-stands beside it in seconds and counts in no rate. "of limit" is the share of what the measured matrix rate and memory
+stands beside it in seconds and counts in no rate (bf16 alone). "of limit" is the share of what the measured matrix rate and memory
 bandwidth allow: a token costs twice the weights in operations, its share of one reading of the weights, one reading of
 its own keys and values, and its share of one reading of the prompt's.
 """
@@ -151,7 +151,7 @@ def main():
         limit = 1 / (2 * weights / rate + (weights * size / (len(prompts) * n) + kept) / width)
         job = dict(model=str(Path(c.model).resolve()), prompts=prompts, n=n, new=new, dtype=name, threads=c.threads,
                    eos=policy.tokenizer.eos_id)  # fmt: skip
-        names = ["ours", *peers]
+        names = ["ours", *(who for who in peers if who != "vllm" or name == "bfloat16")]  # minutes to start
         times, greedy, version, start = {who: [] for who in names}, {}, {}, {}
         for i in range(repeats):
             for who in names if i % 2 == 0 else names[::-1]:
