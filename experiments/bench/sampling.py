@@ -4,9 +4,9 @@
 
 The peers run under interpreters of their own (README.md beside this file); without them only this project is measured.
 All are timed from the prompts' ids to the last new id, after a first short call; vLLM's start-up (engine, compilation)
-stands beside it in seconds and counts in no rate (bf16 alone). "of limit" is the share of what the measured matrix rate and memory
-bandwidth allow: a token costs twice the weights in operations, its share of one reading of the weights, one reading of
-its own keys and values, and its share of one reading of the prompt's.
+stands beside it in seconds and counts in no rate (bf16 alone). "of limit" is the share of what the measured matrix
+rate and memory bandwidth allow: a token costs twice the weights in operations, its share of one reading of the weights,
+one reading of its own keys and values, and its share of one reading of the prompt's.
 """
 
 import json
