@@ -504,7 +504,7 @@ def generate(model, prompts, n=1, *, streams=None, max_new_tokens=256, temperatu
             logits[..., vocab_size:] = float("-inf")
         return choose(logits, u, temperature, top_p)
 
-    capacity = width + max(len(prompts[i]) for i in alive) / min(n, SHARED)
+    capacity = width + max(len(prompts[i]) for i in alive) / min(n, SHARED)  # a row's own, and its share of a prompt
     rows = min(slots or default_slots(model, capacity), n * len(alive))
     running, waiting, prefilled = Slots(model, rows, width, stop_ids, pick), [], 0
     device = running.token.device
