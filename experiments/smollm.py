@@ -21,10 +21,10 @@ from evaluate import evaluate
 from rollout import UsageError, entry, flag, load_policy, parse, read_rows
 from train import BASE, TrainConfig, load_data, resolve, run
 
-COMMON = dict(batch=8, micro_tokens=2048, pos_epochs=4.0, neg_epochs=2.0, samples=8, negatives=2, rollouts=4, keep=2)
-WORDS = dict(steps=1, distractors=1, max_new_tokens=48, lr=2e-4, neg_lr=5e-6, sft_epochs=8.0, generator_epochs=3.0,
-             eval_samples=0)  # fmt: skip
-FILE = dict(lr=1e-4, neg_lr=1e-5, sft_epochs=4.0, generator_epochs=4.0, eval_samples=0)
+COMMON = dict(batch=8, micro_tokens=2048, pos_epochs=4.0, neg_epochs=2.0, samples=8, negatives=2, rollouts=4, keep=2,
+              eval_samples=0)  # fmt: skip
+WORDS = dict(steps=1, distractors=1, max_new_tokens=48, lr=2e-4, neg_lr=5e-6, sft_epochs=8.0, generator_epochs=3.0)
+FILE = dict(lr=1e-4, neg_lr=1e-5, sft_epochs=4.0, generator_epochs=4.0)
 BUDGETS = {
     "smoke": dict(sizes=[8, 16], more=[32], seeds=1, words=WORDS | dict(test_limit=12, max_new_tokens=32),
                   file=FILE | dict(limit=8, test_limit=6, max_new_tokens=24),
@@ -52,10 +52,12 @@ def cell(folder, seed, size, model, data, test, more, flags, sampled):
     c = resolve(TrainConfig(**flags, **(dict(data=data, test_data=test) if data else {})))
     run(c)
     results = read(folder / "results.json")
-    for name in results if data else ():
-        some = evaluate(load_policy(folder / name, c), load_data(c)[1][: sampled or None], folder / name / "eval",
-                        samples=5, max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed)  # fmt: skip
-        results[name] |= {"sampled": some["problems"]} | {key: v for key, v in some.items() if "@" in key}
+    if data:
+        problems = load_data(c)[1][: sampled or None]
+        how = dict(samples=5, max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed)
+        for name in results:
+            some = evaluate(load_policy(folder / name, c), problems, folder / name / "eval", **how)
+            results[name] |= {"sampled": some["problems"]} | {key: v for key, v in some.items() if "@" in key}
     arms = {name: {k: v for k, v in r.items() if k not in ("correct", "interval", "problems")}
             | {"correct": "".join("01"[x] for x in r["correct"])} for name, r in results.items()}  # fmt: skip
     kept = {k: str(v) for k, v in vars(c).items() if k not in ("out", "model", "data", "test_data")}  # no paths
