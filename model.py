@@ -391,8 +391,8 @@ class Attention(nn.Module):
         group = self.heads // self.kv_heads
         if cache is not None and not cache.empty:  # a group's heads are queries of one key head: its keys are read once
             y = cache._attend(self.layer, q.reshape(B, self.kv_heads, group * T, -1) * self.scale, mask)
-        elif mask is None and T > BLOCK and x.device.type == "cpu":
-            y = self.in_blocks(q, k, v, group)
+        elif T > BLOCK and x.device.type == "cpu":
+            y = self.in_blocks(q, k, v, group, mask)
         elif mask is None and T > 1:
             k, v = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
@@ -401,15 +401,18 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
         return self.o_proj(y.reshape(B, self.heads, T, -1).transpose(1, 2).reshape(B, T, -1))
 
-    def in_blocks(self, q, k, v, group):
+    def in_blocks(self, q, k, v, group, mask):
         """Causal attention, a block of queries at a time over the keys up to its end, a group's heads as queries of one
         key head. On a CPU 1.6 times as fast as torch's causal kernel, forward and backward (experiments/bench)."""
         q, blocks = q.unflatten(1, (self.kv_heads, group)), []  # (B, H_kv, G, T, D)
         for start in range(0, q.shape[3], BLOCK):
             part = q[:, :, :, start : start + BLOCK]
             end = start + part.shape[3]
-            mask = torch.ones(end - start, end, dtype=torch.bool).tril(start).repeat(group, 1)
-            y = F.scaled_dot_product_attention(part.flatten(2, 3), k[:, :, :end], v[:, :, :end], mask, scale=self.scale)
+            if mask is None:
+                seen = torch.ones(end - start, end, dtype=torch.bool).tril(start).repeat(group, 1)
+            else:
+                seen = mask.unflatten(2, (group, -1))[:, :, :, start:end, :end].flatten(2, 3)
+            y = F.scaled_dot_product_attention(part.flatten(2, 3), k[:, :, :end], v[:, :, :end], seen, scale=self.scale)
             blocks.append(y.unflatten(2, (group, -1)))
         return torch.cat(blocks, dim=3)
 
@@ -491,27 +494,29 @@ class GPT(nn.Module):
                 linear.forward, linear.weight = packed(linear.weight, linear.bias), None
             self.head = self.lm_head.forward if self.lm_head else packed(self.embed_tokens.weight)
 
-    def hidden(self, input_ids, cache=None, counts=None):
+    def hidden(self, input_ids, cache=None, counts=None, tree=None):
         """input_ids int64 (B, T) -> the residual stream after the final norm, (B, T, C).
 
         With cache row b continues what the cache's row b holds; `counts` int64 (B,) says how many of its T tokens are
         real (default all), and the cache then holds those too. No gradient flows with a cache.
+        tree = (positions, branches), int64 (B, T): a row may hold several continuations of one beginning. A token sees
+        what stands before it, by position, in its own branch and in branch 0, the beginning.
         Raises ValueError if a row outgrows the cache or the learned positions.
         """
         (B, T), learned = input_ids.shape, self.embed_positions is not None
         limit = self.config.max_len if learned else math.inf
         if cache is not None:
             positions = cache._open(B, T, counts, limit)  # (B, T)
-        elif T > limit:
-            raise ValueError(f"a text of {T} tokens, but the model has only {limit} positions")
         else:
-            positions = torch.arange(T, device=input_ids.device)[None]  # (1, T)
+            positions = tree[0] if tree else torch.arange(T, device=input_ids.device)[None]  # (B or 1, T)
+            if learned and T and (longest := int(positions.max()) + 1) > limit:
+                raise ValueError(f"a text of {longest} tokens, but the model has only {limit} positions")
         with torch.set_grad_enabled(cache is None and torch.is_grad_enabled()):
             x = self.embed_tokens(input_ids)  # (B, T, C)
             if learned:  # clamp: padding may lie beyond the last position
                 x = x + self.embed_positions(positions.clamp(max=limit - 1))
             rope = None if learned else rope_angles(self.config, positions, x.dtype)
-            masks = self._masks(positions, cache)
+            masks = self._masks(positions, cache, tree and tree[1])
             for layer, window in zip(self.layers, self.config.window or [None] * len(self.layers), strict=True):
                 if self.gradient_checkpointing and torch.is_grad_enabled():
                     x = checkpoint(layer, x, rope, masks[window], None, use_reentrant=False)
@@ -522,11 +527,11 @@ class GPT(nn.Module):
             cache._close(B, T, counts)
         return x
 
-    def _masks(self, positions, cache):
+    def _masks(self, positions, cache, branches=None):
         """{window: mask as in `Attention`} for the windows in use: made once per forward, not per layer."""
-        T, square, masks = positions.shape[1], cache is None or cache.empty, {}
-        even = square or (cache.even and not cache.prefix)
-        columns = torch.arange(T, device=positions.device) if square else cache._columns()
+        T, square, masks = positions.shape[1], branches is None and (cache is None or cache.empty), {}
+        even = square or (cache is not None and cache.even and not cache.prefix)
+        columns = torch.arange(T, device=positions.device) if square else cache._columns() if cache else positions
         columns, rows = columns.view(-1, 1, 1, columns.shape[-1])[: len(positions)], positions[:, None, :, None]
         rows, span = rows[:1] if even else rows, columns.shape[-1]  # rows of one length share a mask
         for window in set(self.config.window or [None]):
@@ -535,6 +540,8 @@ class GPT(nn.Module):
                 masks[window] = None
             else:
                 mask = columns <= rows if whole else (columns <= rows) & (columns > rows - window)
+                if branches is not None:
+                    mask &= (branches[:, None, None] == 0) | (branches[:, None, None] == branches[:, None, :, None])
                 masks[window] = mask.repeat(1, 1, self.config.n_head // self.config.n_kv_head if T > 1 else 1, 1)
         return masks
 

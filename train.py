@@ -55,25 +55,35 @@ from rollout import write_rows
 
 
 def collate(sequences, device):
-    """(prompt, response) pairs of id lists -> ids int64 (B, T), right-padded, and where responses are predicted: bool
-    (B, T-1), True at [b, t] if token t+1 belongs to the response. From lengths: a pad may look like end of text."""
-    T = max(len(p) + len(r) for p, r in sequences)
-    ids = torch.zeros(len(sequences), T, dtype=torch.long)
-    mask = torch.zeros(len(sequences), T - 1, dtype=torch.bool)
-    for b, (p, r) in enumerate(sequences):
-        ids[b, : len(p) + len(r)] = torch.tensor(p + r)
-        mask[b, len(p) - 1 : len(p) + len(r) - 1] = True
-    return ids.to(device), mask.to(device)
+    """(prompt, response, ...) tuples of id lists -> what `GPT.hidden` reads, and where it predicts the responses.
+
+    A row holds a prompt once and each of its responses without the last token, which predicts nothing. Returns ids
+    int64 (B, T), right-padded; the tree for `GPT.hidden`, which keeps the responses apart (None if no prompt has two);
+    and int64 (N,) each, for every response token: its row, the column that predicts it, the token itself.
+    All from lengths: a pad may look like an end of text.
+    """
+    rows, places = [], []
+    for b, (prompt, *responses) in enumerate(sequences):
+        row = [(token, t, 0) for t, token in enumerate(prompt)]  # (id, position, branch)
+        for branch, response in enumerate(responses, 1):
+            columns = [len(prompt) - 1, *range(len(row), len(row) + len(response) - 1)]
+            places += zip([b] * len(response), columns, response, strict=True)
+            row += [(token, t, branch) for t, token in enumerate(response[:-1], len(prompt))]
+        rows.append(row)
+    T = max(map(len, rows))
+    rows = torch.tensor([row + [(0, 0, -1)] * (T - len(row)) for row in rows], device=device)
+    ids, *tree = rows.unbind(-1)
+    return ids, tree if any(len(s) > 2 for s in sequences) else None, *torch.tensor(places, device=device).T
 
 
 def token_logprobs(model, sequences, chunk=2**24):
-    """log pi of every response token, float32 (N,), row after row; the one place that shifts and masks.
+    """log pi of every response token, float32 (N,), response after response; the one place that shifts and masks.
 
-    Logits exist only where the mask is on, `chunk` of them at a time, and are made again in the backward pass: the full
-    fp32 log-softmax over a large vocabulary is what runs out of memory first.
+    Logits exist only where responses are predicted, `chunk` of them at a time, and are made again in the backward pass:
+    the full fp32 log-softmax over a large vocabulary is what runs out of memory first.
     """
-    ids, mask = collate(sequences, next(model.parameters()).device)
-    hidden, target = model.hidden(ids[:, :-1])[mask], ids[:, 1:][mask]  # (N, C), (N,)
+    ids, tree, rows, columns, target = collate(sequences, next(model.parameters()).device)
+    hidden = model.hidden(ids, tree=tree)[rows, columns]  # (N, C)
 
     def logprobs(hidden, target):
         return -F.cross_entropy(model.logits(hidden).float(), target, reduction="none")
@@ -85,10 +95,10 @@ def token_logprobs(model, sequences, chunk=2**24):
 
 
 def sequence_logprobs(model, sequences):
-    """Summed log pi of each response, float32 (B,): Eq. 1 says sum, so a long answer weighs more than a short one."""
-    values = token_logprobs(model, sequences)
-    rows = torch.repeat_interleave(torch.tensor([len(r) for _, r in sequences], device=values.device))
-    return torch.zeros(len(sequences), device=values.device).index_add(0, rows, values)
+    """Summed log pi of each response, float32 (R,): Eq. 1 says sum, so a long answer weighs more than a short one."""
+    values, lengths = token_logprobs(model, sequences), [len(r) for _, *responses in sequences for r in responses]
+    rows = torch.tensor([i for i, length in enumerate(lengths) for _ in range(length)], device=values.device)
+    return torch.zeros(len(lengths), device=values.device).index_add(0, rows, values)
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
@@ -212,9 +222,8 @@ def backward(model, examples, pairs, c):
         nll = -values.sum() / total * weight
         (c.nll * nll if pairs else nll).backward()
         log["nll"] += nll.item()
-    longest = lambda p: len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"]))  # noqa: E731
-    for group, weight in shares(pairs, longest, c.micro_tokens // 2):
-        chosen, rejected = sequence_logprobs(model, sides(group)).view(2, -1)
+    for group, weight in shares(pairs, pair_tokens, c.micro_tokens):
+        chosen, rejected = sequence_logprobs(model, [both_sides(p) for p in group]).view(-1, 2).T
         reference = torch.tensor([p["reference"] for p in group], device=chosen.device)
         loss, margin = dpo_loss(chosen, rejected, *reference.T, c.beta)
         (loss.sum() / len(pairs) * weight).backward()
@@ -223,19 +232,25 @@ def backward(model, examples, pairs, c):
     parts = gather([log])
     log = Counter({key: sum(part[key] for part in parts) / WORLD for key in log})
     log["loss"] = log["nll"] * (c.nll if pairs else 1) + log["dpo"]
-    log["tokens"] = sum(len(e.prompt) + len(e.response) for e in examples) + sum(map(longest, pairs))
+    log["tokens"] = sum(len(e.prompt) + len(e.response) for e in examples) + sum(map(pair_tokens, pairs))
     return log
 
 
-def sides(pairs):
-    return [(p["prompt_ids"], p["chosen_ids"]) for p in pairs] + [(p["prompt_ids"], p["rejected_ids"]) for p in pairs]
+def both_sides(pair):
+    """One sequence, as most of a per-step pair is the prefix that its sides share: it is read once for both."""
+    return pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]
+
+
+def pair_tokens(pair):
+    return sum(map(len, both_sides(pair)))
 
 
 @torch.no_grad()
 def add_reference(model, pairs, tokens):
     """The reference's log-probabilities of both sides, computed once: it is frozen."""
-    for group in micro_batches(share(pairs), lambda p: len(p["prompt_ids"]) + len(p["chosen_ids"]), tokens // 2):
-        for p, reference in zip(group, sequence_logprobs(model, sides(group)).view(2, -1).T.tolist(), strict=True):
+    for group in micro_batches(share(pairs), pair_tokens, tokens):
+        values = sequence_logprobs(model, [both_sides(p) for p in group]).view(-1, 2)
+        for p, reference in zip(group, values.tolist(), strict=True):
             p["reference"] = reference  # [chosen, rejected]
     for p, reference in zip(pairs, gather([p["reference"] for p in share(pairs)]), strict=True):
         p["reference"] = reference

@@ -104,11 +104,34 @@ def test_masks_come_from_lengths():
     """Masks made from '!= pad' where pad is the end of text: never learns to stop, or trains on padding (trl#4970,
     MemGen#33); a prompt of one token; an end of text inside the prompt."""
     sequences = [([4, EOS, 6], [EOS]), ([8], [2, EOS, 5, EOS]), ([1, 2, 3], [4, 5])]
-    ids, mask = collate(sequences, "cpu")
-    assert ids.tolist() == [[4, 0, 6, 0, 0], [8, 2, 0, 5, 0], [1, 2, 3, 4, 5]] and ids.dtype == torch.long
-    assert mask.int().tolist() == [[0, 0, 1, 0], [1, 1, 1, 1], [0, 0, 1, 1]]
-    predicted = [ids[b, 1:][mask[b]].tolist() for b in range(3)]
-    assert predicted == [r for _, r in sequences]
+    ids, tree, *places = collate(sequences, "cpu")
+    assert ids.tolist() == [[4, 0, 6, 0], [8, 2, 0, 5], [1, 2, 3, 4]] and ids.dtype == torch.long and tree is None
+    row, column, target = (place.tolist() for place in places)
+    assert target == [token for _, response in sequences for token in response]
+    assert list(zip(row, column, strict=True)) == [(0, 2), (1, 0), (1, 1), (1, 2), (1, 3), (2, 2), (2, 3)]
+
+
+@pytest.mark.parametrize("family", [
+    TOY, TOY | dict(model_type="mistral", sliding_window=5),
+    dict(model_type="gpt2", vocab_size=TOKENIZER.vocab_size, n_embd=16, n_layer=2, n_head=2, n_positions=259)])
+def test_two_responses_behind_one_prompt(family):
+    """A response that sees the other one or misses the prompt, positions that run on from one to the other, a first
+    token predicted by the end of the other response; texts longer than a block of queries; beside rows with one."""
+    model, ids = toy(**family), lambda n: torch.randint(1, TOKENIZER.vocab_size, (n,)).tolist()
+    for size in (6, 130):
+        together = [(ids(size), ids(4), ids(size)), (ids(2), ids(size), ids(1)), (ids(size), ids(9))]
+        apart = [(prompt, response) for prompt, *responses in together for response in responses]
+        results = []
+        for sequences in (together, apart):
+            model.zero_grad()
+            values = sequence_logprobs(model, sequences)
+            values.sin().sum().backward()  # each response weighs differently
+            results.append((values.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    if family["model_type"] == "gpt2":  # 259 positions, where a row of `together` has 262 columns: positions count
+        with pytest.raises(ValueError, match="260 tokens, but the model has only 259 positions"):
+            sequence_logprobs(model, [(ids(130), ids(1), ids(131))])
 
 
 def test_each_row_alone():

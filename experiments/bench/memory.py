@@ -3,8 +3,9 @@
     python experiments/bench/memory.py            # Qwen2.5 shapes, a minute on one core
 
 FakeTensorMode runs the model and the optimizer on tensors that have shapes but no content, and every storage that is
-alive is counted: two micro-batches of 4 pairs of 2 x 512 tokens, gradient checkpointing, logits in the chunks of
-`token_logprobs`, then the optimizer's step. Not counted: gaps of an allocator, buffers inside CUDA kernels, clipping.
+alive is counted: two micro-batches of 4 pairs of 512 tokens a side, of which half are the prompt that both share,
+gradient checkpointing, then the optimizer's step. Not counted: gaps of an allocator, buffers inside CUDA kernels,
+clipping.
 """
 
 import sys
@@ -13,16 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from model import GPT, Config
 from rollout import entry, flag, parse
-from train import RoundingAdamW, dpo_loss
+from train import RoundingAdamW, dpo_loss, sequence_logprobs
 
 SHAPES = {  # width, mlp, layers, heads, key heads, tied, vocabulary
     "0.5B": (896, 4864, 24, 14, 2, True, 151936), "1.5B": (1536, 8960, 28, 12, 2, True, 151936),
@@ -61,18 +60,6 @@ class Alive(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-def logprobs(model, ids, chunk=2**24):
-    """`token_logprobs` of whole rows: its mask makes shapes that depend on content, which there is none of."""
-    hidden, target = model.hidden(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()
-
-    def some(hidden, target):
-        return -F.cross_entropy(model.logits(hidden).float(), target, reduction="none")
-
-    size = chunk // model.config.vocab_size
-    parts = zip(hidden.split(size), target.split(size), strict=True)
-    return torch.cat([checkpoint(some, h, t, use_reentrant=False) for h, t in parts])
-
-
 def main():
     c = parse(BenchConfig, __doc__)
     print(f"{'GB':7}{'weights, gradients, moments':>29}{'most in forward, backward':>27}{'in the optimizer':>18}")
@@ -89,8 +76,8 @@ def main():
                 most = []
                 alive.peak = alive.now
                 for _ in range(2):
-                    ids = torch.zeros(2 * c.pairs, c.tokens + 1, dtype=torch.long)
-                    chosen, rejected = logprobs(model, ids).view(2, c.pairs, -1).sum(-1)
+                    half = [0] * (c.tokens // 2)
+                    chosen, rejected = sequence_logprobs(model, c.pairs * [(half, half, half)]).view(-1, 2).T
                     zero = torch.zeros(c.pairs)
                     dpo_loss(chosen, rejected, zero, zero, 0.1)[0].mean().backward()
                     del chosen, rejected

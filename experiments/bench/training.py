@@ -71,13 +71,13 @@ class BenchConfig:
     peer_python: str = flag("", "interpreter with the peers installed; empty = this project alone")
     threads: int = flag(2, "CPU threads", 1)
     steps: int = flag(3, "optimizer steps timed of each; the median counts", 1)
-    micro_tokens: int = flag(16384, "padded tokens per forward pass of ours (half as many for DPO)", 1)
+    micro_tokens: int = flag(16384, "padded tokens per forward pass of ours", 1)
     quick: int = flag(0, "1: 2 x 64 tokens, one step")
 
 
 def ours(job):
     c = TrainConfig(threads=job["threads"], dtype=job["dtype"], prompt="{question}", device="cpu", beta=0.1,
-                    micro_tokens=job["micro_tokens"] // (1 if job["step"] == "sft" else 2))  # fmt: skip
+                    micro_tokens=job["micro_tokens"])  # fmt: skip
     policy = load_policy(job["model"], c, train=True)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-5, fused=True)
     half, start = torch.autocast("cpu", torch.bfloat16, enabled=job["dtype"] == "bfloat16"), job["prompt"]
