@@ -254,11 +254,12 @@ class KVCache:
         for group, members in enumerate(texts):
             for number, row in enumerate(members):
                 place[row] = group, number
-        members = torch.tensor([m + m[:1] * (size - len(m)) for m in texts], device=device)  # (P, M), filled up
-        group, number = torch.tensor(place, device=device).T
+        members = torch.tensor([m + m[:1] * (size - len(m)) for m in texts], device=device)[:, None]  # filled up
+        group, number = torch.tensor(place, device=device).T[..., None]
         heads = torch.arange(self.k.shape[2], device=device)
-        self.members, self.places = (members[:, None], heads[:, None]), (group[:, None], heads, number[:, None])
-        self.prefix, self.group = prefix, group.tolist()
+        self.members = members * len(heads) + heads[:, None]  # (P, H_kv, M): which of the B*H_kv heads stand together
+        self.places = (group * len(heads) + heads) * size + number  # (B, H_kv): where they are among those
+        self.prefix, self.group = prefix, group[:, 0].tolist()
         at = torch.tensor(rows, dtype=torch.long, device=device)
         self.stems = torch.zeros_like(self.lengths) if self.stems is None else self.stems
         self.stems[at] = torch.tensor(stems, dtype=torch.long, device=device)
@@ -330,11 +331,12 @@ class KVCache:
 
     def _together(self, x):
         """(B, H_kv, N, .) -> (P, H_kv, M*N, .): rows with a common prefix as queries of one text."""
-        return x[self.members].flatten(2, 3)
+        return x.flatten(0, 1).index_select(0, self.members.flatten()).view(*self.members.shape[:2], -1, x.shape[-1])
 
     def _apart(self, x):
         """(P, H_kv, M*N, .) -> (B, H_kv, N, .), the way back."""
-        return x.unflatten(2, (self.members[0].shape[-1], -1))[self.places]
+        heads = x.view(self.members.numel(), -1, x.shape[-1])
+        return heads.index_select(0, self.places.flatten()).unflatten(0, self.places.shape)
 
     def _close(self, B, T, counts):
         """Count the new tokens; after a decode step by bounds only, without a host sync."""
