@@ -201,9 +201,11 @@ class KVCache:
     """
 
     prefix = stems = None
+    static = False  # True: what a decode step computes hangs on no number in Python, so that it can be captured
 
     def __init__(self, config, rows, capacity, dtype=torch.float32, device="cpu"):
         self.config, self.rows, self.capacity, self.shortest, self.longest = config, rows, capacity, 0, 0
+        self.limit = config.max_len if config.position == "learned" else math.inf  # of a text's tokens
         shape = (config.n_layer, rows, config.n_kv_head, 0, config.head_dim)
         self.k = self.v = torch.empty(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
@@ -275,23 +277,31 @@ class KVCache:
             self.stems, self.group = self.stems[rows], [self.group[row] for row in rows.tolist()]
             self.branch(range(n))
 
-    def _open(self, B, T, counts, limit):
-        """Check that the new tokens fit, and that no position reaches `limit`; fix where they go. Returns their
+    def most(self):
+        """The tokens that a row may hold itself, whichever it is."""
+        return min(self.capacity, self.limit - (self.prefix.longest if self.prefix else 0))
+
+    def steady(self):
+        """Whether every row can take a token without a look at the lengths, and in the tensors that are there."""
+        return self.longest < min(self.k.shape[3], self.most())
+
+    def _open(self, B, T, counts):
+        """Check that the new tokens fit, and that no position reaches the limit; fix where they go. Returns their
         positions, int64 (B, T)."""
         if B > self.rows or (self.prefix and B < self.rows):
             raise ValueError(f"KVCache: a batch of {B} rows for a cache of {self.rows}")
-        stems, before = (self.stems[:B], self.prefix.longest) if self.prefix else (0, 0)
-        if self.longest + T > min(self.capacity, limit - before):
+        stems = self.stems[:B] if self.prefix else 0
+        if self.longest + T > self.most():
             self.set_lengths(self.lengths)  # the bound may be loose, or padding exceed the limit: look before refusing
             needed = self.lengths[:B] + (T if counts is None else counts)
-            for most, tokens in ((self.capacity, needed), (limit, stems + needed)):
+            for most, tokens in ((self.capacity, needed), (self.limit, stems + needed)):
                 if int(tokens.max()) > most:
                     raise ValueError(f"KVCache: a row would hold {int(tokens.max())} tokens, the limit is {most}; "
                                      "enlarge the cache")  # fmt: skip
         self.span, fits = min(self.longest + T, self.capacity), self.longest + T <= self.capacity
         self._make_room(self.span + (not fits))
         self.empty = fits and self.longest == 0 and not self.prefix
-        self.even = fits and self.shortest == self.longest
+        self.even = fits and self.shortest == self.longest and not self.static
         places = self.lengths[:B, None] + torch.arange(T, device=self.lengths.device)
         self.slots = torch.arange(B, device=places.device)[:, None], places.clamp(max=self.capacity)
         return places + (stems[:, None] if self.prefix else 0)
@@ -508,7 +518,7 @@ class GPT(nn.Module):
         (B, T), learned = input_ids.shape, self.embed_positions is not None
         limit = self.config.max_len if learned else math.inf
         if cache is not None:
-            positions = cache._open(B, T, counts, limit)  # (B, T)
+            positions = cache._open(B, T, counts)  # (B, T)
         else:
             positions = tree[0] if tree else torch.arange(T, device=input_ids.device)[None]  # (B or 1, T)
             if learned and T and (longest := int(positions.max()) + 1) > limit:

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from data import DEFAULT_PROMPT, DataError, Tokenizer, edit_distance, equation_key, format_prompt, is_correct
 from data import load_problems, split_steps
-from model import GPT, SHARED, KVCache
+from model import GPT, PORTION, SHARED, KVCache
 
 # ---------------------------------------------------------------- what the three entry points share
 
@@ -377,13 +377,25 @@ def choose(logits, u, temperature, top_p):
     return block * 256 + invert(blocks[rows, block], u)[0]
 
 
+def cuda_graph(step):
+    """Capture the kernels of `step`, without running them; returns what launches them, all at once."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, as nccl's, may ask for events
+        step()
+    return graph.replay
+
+
 class Slots:
     """Rows that decode together; a finished row gives its place to a waiting sample (continuous batching)."""
 
+    capture, static = staticmethod(cuda_graph), False  # how steps are captured, None: not at all; True: on a CPU too
+
     def __init__(self, model, rows, width, stop_ids, pick):
         p = next(model.parameters())
-        self.model, self.pick = model, pick
-        self.cache = KVCache(model.config, rows, width, p.dtype, p.device)  # of what is sampled
+        self.model, self.pick, self.tensors, self.replay = model, pick, [], None
+        static = self.static or p.is_cuda
+        self.cache = KVCache(model.config, rows, width + PORTION * static, p.dtype, p.device)  # of what is sampled
+        self.cache.static, self.patience = static, 8 if static else 1  # tokens between two looks at `done`: a GPU waits
         self.stop = torch.tensor(sorted(stop_ids) or [-1], device=p.device)
         self.owner = [None] * rows  # (prompt, sample) of the row, None when free
         self.token, self.made, self.budget = torch.zeros(3, rows, dtype=torch.long, device=p.device)
@@ -404,8 +416,34 @@ class Slots:
         for row, owner in zip(rows.tolist(), owners, strict=True):
             self.owner[row] = owner
 
+    def advance(self):
+        """`step`; on a GPU by launching at once the kernels captured while the state stood in the same tensors: from
+        Python a thousand launches take longer than the kernels. The first step with new tensors is an ordinary one, in
+        which the libraries under it get ready, the second is captured."""
+        cache = self.cache
+        if not (cache.static and self.capture and cache.steady()):
+            self.tensors, self.replay = [], None  # held no longer: they may be about to grow
+            return self.step()
+        before, state = self.tensors, (*vars(self).values(), *vars(cache).values())
+        self.tensors = [x for x in state if isinstance(x, torch.Tensor)]
+        if [*map(id, before)] != [*map(id, self.tensors)]:
+            self.replay = None
+            return self.step()
+        if self.replay:
+            cache.longest += 1
+        else:
+            try:
+                self.replay = self.capture(self.step)
+            except RuntimeError as error:
+                if out_of_memory(error):
+                    raise
+                Slots.capture = None
+                print(f"a decode step could not be captured, so decoding is slower: {error!r:.200}", file=sys.stderr)
+                return self.step()
+        self.replay()
+
     def step(self):
-        """One token for every row that is not done."""
+        """One token for every row that is not done. All that changes with it are numbers in the same tensors."""
         live, counts = ~self.done, None
         if self.model.config.position == "learned":
             counts = live.long()  # its positions end: a finished row stands still
@@ -415,7 +453,8 @@ class Slots:
         at = self.made.clamp(max=self.out.shape[1] - 1)[:, None]  # a done row writes back what is there
         token = self.pick(logits, self.u.gather(1, at)[:, 0])
         self.out.scatter_(1, at, torch.where(live[:, None], token[:, None], self.out.gather(1, at)))
-        self.token, self.made = torch.where(live, token, self.token), self.made + live
+        self.token.copy_(torch.where(live, token, self.token))
+        self.made += live
         self.done |= torch.isin(self.token, self.stop) | (self.made >= self.budget)
 
     def collect(self, results):
@@ -507,8 +546,6 @@ def generate(model, prompts, n=1, *, streams=None, max_new_tokens=256, temperatu
     capacity = width + max(len(prompts[i]) for i in alive) / min(n, SHARED)  # a row's own, and its share of a prompt
     rows = min(slots or default_slots(model, capacity), n * len(alive))
     running, waiting, prefilled = Slots(model, rows, width, stop_ids, pick), [], 0
-    device = running.token.device
-    patience = 8 if device.type == "cuda" else 1  # tokens between two looks at `done`, for which a GPU must wait
     while True:
         free = running.collect(results)
         while free and (waiting or families):
@@ -539,8 +576,8 @@ def generate(model, prompts, n=1, *, streams=None, max_new_tokens=256, temperatu
         # Wait for a portion of rows: a prefill of one row costs nearly as much as one of thirty.
         enough = max(1, total // 8) if refill else total - busy + max(1, busy // 2)
         while int(running.done.sum()) < min(enough, total):
-            for _ in range(patience):
-                running.step()
+            for _ in range(running.patience):
+                running.advance()
     if stats is not None:
         decoded = sum(len(ids) for samples in results for ids in samples)
         for key, value in (("prefilled", prefilled), ("decoded", decoded)):

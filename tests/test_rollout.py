@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rollout
@@ -104,6 +106,91 @@ def test_greedy_equals_uncached_loop_on_mixed_lengths(hf):
     for slots in (None, 1, 2):
         got = generate(model, prompts, max_new_tokens=12, temperature=0, slots=slots)
         assert [g[0] for g in got] == want
+
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph on a CPU: operations with the very tensors that they read and wrote, computed into them again."""
+
+    def __init__(self, step):
+        super().__init__()
+        state, self.calls, self.replays = step.__self__.tensors, [], 0
+        before = [t.clone() for t in state]
+        with self:
+            step()
+        for t, old in zip(state, before, strict=True):  # to capture is not to compute
+            t.copy_(old)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        asks = torch.Tag.data_dependent_output in function.tags or torch.Tag.dynamic_output_shape in function.tags
+        assert not asks, f"{function} waits for the GPU inside a step"
+        out = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        self.replays += 1
+        for function, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # else in place, or a view
+                    old.copy_(new)
+
+
+WINDOWED = dict(model_type="mistral", sliding_window=6) | {k: v for k, v in TOY.items() if k != "model_type"}
+
+
+@pytest.mark.parametrize("hf", [TOY, GPT2_TOY, WINDOWED], ids=["rotary", "learned", "windowed"])
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_captured_steps_draw_the_same(hf, temperature, monkeypatch):
+    """A captured step replays numbers that Python held (a write place, a length), or works in memory that rows joining,
+    leaving or growing have left; or a step waits for the GPU, which no graph can hold."""
+    model, prompts, tapes = toy(hf), prompts_of(3, 11, 1, 6, 2), []
+    options = dict(max_new_tokens=[37, 9, 33, 21, 37], seed=5, stop_ids=[7], temperature=temperature)
+    want = {slots: generate(model, prompts, 8, slots=slots, **options) for slots in (3, 16, 40)}
+
+    def capture(step):
+        tapes.append(Tape(step))
+        return tapes[-1].replay
+
+    monkeypatch.setattr(rollout.Slots, "capture", staticmethod(capture))
+    generate(model, prompts, 8, **options)
+    assert not tapes, "on a CPU nothing is captured"
+    monkeypatch.setattr(rollout.Slots, "static", True)
+    monkeypatch.setattr(rollout, "PORTION", 8)
+    monkeypatch.setattr("model.PORTION", 8)  # to grow on the way
+    for slots, samples in want.items():
+        tapes.clear()
+        assert generate(model, prompts, 8, slots=slots, **options) == samples
+        assert len(tapes) > 3 and sum(tape.replays for tape in tapes) > 2 * len(tapes)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_captured_steps_draw_the_same_on_a_gpu(monkeypatch, capsys):
+    """What the tape above cannot show: that CUDA takes the step as it is."""
+    model, prompts = toy().cuda(), prompts_of(3, 11, 1, 6, 2)
+    options = dict(max_new_tokens=[90, 9, 33, 21, 90], seed=5, stop_ids=[7], temperature=0.9, slots=16)
+    samples = generate(model, prompts, 8, **options)
+    assert rollout.Slots.capture and not capsys.readouterr().err
+    monkeypatch.setattr(rollout.Slots, "capture", None)
+    assert generate(model, prompts, 8, **options) == samples
+
+
+def test_a_step_that_cannot_be_captured_is_told_once(monkeypatch, capsys):
+    """A GPU that refuses, and a row that lost the step in which it did; memory that ran out taken for that."""
+    model, prompts, options = toy(), prompts_of(3, 5), dict(max_new_tokens=20, temperature=0)
+    want = generate(model, prompts, **options)
+
+    def refuse(step):
+        Tape(step)
+        raise error
+
+    monkeypatch.setattr(rollout.Slots, "capture", staticmethod(refuse))
+    monkeypatch.setattr(rollout.Slots, "static", True)
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(model, prompts, **options)
+    error = RuntimeError("operation not permitted")
+    assert generate(model, prompts, **options) == want == generate(model, prompts, **options)
+    assert capsys.readouterr().err.count("operation not permitted") == 1
 
 
 @pytest.mark.parametrize("hf", [TOY, GPT2_TOY], ids=["rotary", "learned"])
