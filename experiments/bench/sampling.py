@@ -32,14 +32,16 @@ import json, sys, time, torch, transformers
 job = json.load(sys.stdin)
 torch.set_num_threads(job["threads"])
 model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"]))
+model.to(job["device"])
 longest = max(map(len, job["prompts"]))
-ids = torch.tensor([[0] * (longest - len(p)) + p for p in job["prompts"]]).repeat_interleave(job["n"], 0)
-mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in job["prompts"]]).repeat_interleave(job["n"], 0)
+ids = torch.tensor([[0] * (longest - len(p)) + p for p in job["prompts"]], device=job["device"])
+mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in job["prompts"]], device=job["device"])
+ids, mask = (x.repeat_interleave(job["n"], 0) for x in (ids, mask))
 how = dict(do_sample=True, temperature=0.7, top_k=0, top_p=1.0) if job["temperature"] else dict(do_sample=False)
 def run(new):  # speed: all tokens are made; greedy: the end of text ends
     least = new if job["temperature"] else 0
     return model.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=least, pad_token_id=job["eos"],
-                          eos_token_id=job["eos"], **how)
+                          eos_token_id=job["eos"], **how).cpu()
 run(2)
 began = time.monotonic()
 out = run(job["new"])
@@ -79,14 +81,17 @@ class BenchConfig:
     threads: int = flag(2, "CPU threads", 1)
     repeats: int = flag(3, "runs of each; the median counts", 1)
     quick: int = flag(0, "1: 8 prompts x 2 samples x 16 tokens, one run")
+    prompts: int = flag(32, "problems of --data", 1)
+    samples: int = flag(4, "samples of each", 1)
+    new_tokens: int = flag(128, "tokens of each sample", 1)
     prompt: str = flag(DEFAULT_PROMPT, "prompt format")
-    device: str = flag("cpu", "cpu")
+    device: str = flag("cpu", "cpu or cuda")
     dtype: str = flag("", "set by the bench")
     slots: int = flag(0, "rows that decode together; 0 = as fits")
 
 
 def ours(job):
-    c = BenchConfig(dtype=job["dtype"], threads=job["threads"])
+    c = BenchConfig(dtype=job["dtype"], threads=job["threads"], device=job["device"])
     policy = load_policy(job["model"], c)
     if job["temperature"]:
         policy.tokenizer.eos_id = -1  # nothing ends: every sample makes all its tokens, as the peer's do
@@ -97,21 +102,26 @@ def ours(job):
     return dict(seconds=time.monotonic() - began, tokens=[samples[0] for samples in out], version=torch.__version__)
 
 
-def limits(dtype, threads, rows=128):
+def limits(dtype, threads, rows=128, device="cpu"):
     """Measured matrix rate (operations a second) and memory bandwidth (bytes a second)."""
     torch.set_num_threads(threads)
-    a, b = torch.randn(rows, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
-    big = torch.ones(64 * 2**20)
-    rate, width, n = [], [], 2560 // rows
-    for _ in range(7):
-        began = time.monotonic()
-        for _ in range(n):
-            a @ b.T
-        rate.append(n * 2 * rows * 2048 * 2048 / (time.monotonic() - began))
-        began = time.monotonic()
-        big.sum()
-        width.append(big.numel() * 4 / (time.monotonic() - began))
-    return max(rate), max(width)
+    gpu = device != "cpu"
+    rows, size = (8192, 8192) if gpu else (rows, 2048)
+    a, b = (torch.randn(n, size, device=device).to(dtype) for n in (rows, size))
+    big = torch.ones(2**(30 if gpu else 26), device=device)
+
+    def best(work, times):
+        seconds = []
+        for _ in range(7):
+            began = time.monotonic()
+            for _ in range(times):
+                result = work()
+            result.flatten()[0].item()  # waits for a GPU
+            seconds.append((time.monotonic() - began) / times)
+        return min(seconds)
+
+    return (2 * rows * size * size / best(lambda: a @ b.T, 10 if gpu else 2560 // rows),
+            big.numel() * 4 / best(big.sum, 10 if gpu else 1))  # fmt: skip
 
 
 def run(who, job, peers):
@@ -135,22 +145,23 @@ def main():
         print(json.dumps(ours(json.load(sys.stdin))))
         return
     c = parse(BenchConfig, __doc__)
-    count, n, new, repeats = (8, 2, 16, 1) if c.quick else (32, 4, 128, c.repeats)
+    count, n, new, repeats = (8, 2, 16, 1) if c.quick else (c.prompts, c.samples, c.new_tokens, c.repeats)
     c.dtype = "float32"
     policy = load_policy(c.model, c)
     prompts = [policy.prompt(p) for p in read_problems(c.data, count)]
     m, weights = policy.model.config, sum(p.numel() for p in GPT.from_pretrained(c.model).parameters())
     peers = {who: path for who, path in (("transformers", c.peer_python), ("vllm", c.vllm_python)) if path}
-    print(f"{len(prompts)} prompts x {n} samples x {new} tokens; {platform.processor() or platform.machine()}, "
-          f"{c.threads} threads; torch {torch.__version__}")  # fmt: skip
+    where = f"{platform.processor() or platform.machine()}, {c.threads} threads"
+    where = where if c.device == "cpu" else torch.cuda.get_device_name(c.device)
+    print(f"{len(prompts)} prompts x {n} samples x {new} tokens; {where}; torch {torch.__version__}")
     print(f"{'dtype':10}{'who':16}{'version':14}{'new tokens/s':>14}{'of limit':>10}{'ratio':>8}   same greedy tokens")
     for name in ("bfloat16", "float32"):
-        size, (rate, width) = 2 if name == "bfloat16" else 4, limits(getattr(torch, name), c.threads)
+        size, (rate, width) = 2 if name == "bfloat16" else 4, limits(getattr(torch, name), c.threads, device=c.device)
         context = sum(map(len, prompts)) / len(prompts) / n + new / 2
         kept = 2 * m.n_layer * m.n_kv_head * m.head_dim * size * context
         limit = 1 / (2 * weights / rate + (weights * size / (len(prompts) * n) + kept) / width)
         job = dict(model=str(Path(c.model).resolve()), prompts=prompts, n=n, new=new, dtype=name, threads=c.threads,
-                   eos=policy.tokenizer.eos_id)  # fmt: skip
+                   device=c.device, eos=policy.tokenizer.eos_id)  # fmt: skip
         names = ["ours", *(who for who in peers if who != "vllm" or name == "bfloat16")]  # minutes to start
         times, greedy, version, start = {who: [] for who in names}, {}, {}, {}
         for i in range(repeats):
