@@ -71,7 +71,7 @@ class BenchConfig:
     peer_python: str = flag("", "interpreter with the peers installed; empty = this project alone")
     threads: int = flag(2, "CPU threads", 1)
     steps: int = flag(3, "optimizer steps timed of each; the median counts", 1)
-    micro_tokens: int = flag(16384, "padded tokens per forward pass of ours", 1)
+    micro_tokens: int = flag(0, "padded tokens per forward pass of ours; 0 = 1024 in SFT, 512 in DPO: a pair at a time")
     quick: int = flag(0, "1: 2 x 64 tokens, one step")
 
 
@@ -122,11 +122,13 @@ def main():
     print(f"{platform.processor() or platform.machine()}, {c.threads} threads, fp32 weights")
     print(f"{'step':6}{'dtype':10}{'who':16}{'version':14}{'tokens/s':>10}{'of limit':>10}{'ratio':>7}"
           f"{'peak GB':>9}{'ratio':>7}")  # fmt: skip
-    for step, shape in (("sft", (2, 64) if c.quick else (8, 512)), ("dpo", (2, 64) if c.quick else (8, 256))):
+    for step, shape, micro in (("sft", (8, 512), 1024), ("dpo", (8, 256), 512)):
+        shape = (2, 64) if c.quick else shape
         rows = torch.randint(5, model.config.vocab_size, shape).tolist()
         for dtype in ("bfloat16", "float32"):
             job = dict(model=str(Path(c.model).resolve()), rows=rows, step=step, dtype=dtype, threads=c.threads,
-                       prompt=shape[1] // 2, micro_tokens=c.micro_tokens, steps=1 if c.quick else c.steps)  # fmt: skip
+                       prompt=shape[1] // 2, micro_tokens=c.micro_tokens or micro,
+                       steps=1 if c.quick else c.steps)  # fmt: skip
             result = {who: run(who, job, c.peer_python) for who in ["ours", "transformers"][: 1 + bool(c.peer_python)]}
             limit = limits(getattr(torch, dtype), c.threads, 2048)[0] / (6 * weights)
             speed = {who: shape[0] * shape[1] / statistics.median(r["seconds"]) for who, r in result.items()}
