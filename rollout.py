@@ -377,10 +377,11 @@ def choose(logits, u, temperature, top_p):
     return block * 256 + invert(blocks[rows, block], u)[0]
 
 
-def cuda_graph(step):
+def cuda_graph(step, device):
     """Capture the kernels of `step`, without running them; returns what launches them, all at once."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, as nccl's, may ask for events
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    # thread_local: what other threads do, as nccl's, is no part of it
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         step()
     return graph.replay
 
@@ -425,7 +426,7 @@ class Slots:
             self.tensors, self.replay = [], None  # held no longer: they may be about to grow
             return self.step()
         before, state = self.tensors, (*vars(self).values(), *vars(cache).values())
-        self.tensors = [x for x in state if isinstance(x, torch.Tensor)]
+        self.tensors = [x for x in state if isinstance(x, torch.Tensor)]  # a new prefix comes with new `members`
         if [*map(id, before)] != [*map(id, self.tensors)]:
             self.replay = None
             return self.step()
@@ -433,7 +434,7 @@ class Slots:
             cache.longest += 1
         else:
             try:
-                self.replay = self.capture(self.step)
+                self.replay = self.capture(self.step, self.token.device)
             except RuntimeError as error:
                 if out_of_memory(error):
                     raise

@@ -147,7 +147,7 @@ def test_captured_steps_draw_the_same(hf, temperature, monkeypatch):
     options = dict(max_new_tokens=[37, 9, 33, 21, 37], seed=5, stop_ids=[7], temperature=temperature)
     want = {slots: generate(model, prompts, 8, slots=slots, **options) for slots in (3, 16, 40)}
 
-    def capture(step):
+    def capture(step, device):
         tapes.append(Tape(step))
         return tapes[-1].replay
 
@@ -179,7 +179,7 @@ def test_a_step_that_cannot_be_captured_is_told_once(monkeypatch, capsys):
     model, prompts, options = toy(), prompts_of(3, 5), dict(max_new_tokens=20, temperature=0)
     want = generate(model, prompts, **options)
 
-    def refuse(step):
+    def refuse(step, device):
         Tape(step)
         raise error
 
