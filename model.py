@@ -152,6 +152,11 @@ class Config:
         name = "GPT2LMHeadModel" if self.model_type == "gpt2" else self.model_type.capitalize() + "ForCausalLM"
         return self.hf | {"architectures": [name]}
 
+    @property
+    def limit(self):
+        """The tokens that a text may have: only learned positions end."""
+        return self.max_len if self.position == "learned" else math.inf
+
     def make_norm(self):
         return (nn.RMSNorm if self.norm == "rms" else nn.LayerNorm)(self.width, eps=self.norm_eps)
 
@@ -205,7 +210,6 @@ class KVCache:
 
     def __init__(self, config, rows, capacity, dtype=torch.float32, device="cpu"):
         self.config, self.rows, self.capacity, self.shortest, self.longest = config, rows, capacity, 0, 0
-        self.limit = config.max_len if config.position == "learned" else math.inf  # of a text's tokens
         shape = (config.n_layer, rows, config.n_kv_head, 0, config.head_dim)
         self.k = self.v = torch.empty(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
@@ -279,7 +283,7 @@ class KVCache:
 
     def most(self):
         """The tokens that a row may hold itself, whichever it is."""
-        return min(self.capacity, self.limit - (self.prefix.longest if self.prefix else 0))
+        return min(self.capacity, self.config.limit - (self.prefix.longest if self.prefix else 0))
 
     def steady(self):
         """Whether every row can take a token without a look at the lengths, and in the tensors that are there."""
@@ -294,7 +298,7 @@ class KVCache:
         if self.longest + T > self.most():
             self.set_lengths(self.lengths)  # the bound may be loose, or padding exceed the limit: look before refusing
             needed = self.lengths[:B] + (T if counts is None else counts)
-            for most, tokens in ((self.capacity, needed), (self.limit, stems + needed)):
+            for most, tokens in ((self.capacity, needed), (self.config.limit, stems + needed)):
                 if int(tokens.max()) > most:
                     raise ValueError(f"KVCache: a row would hold {int(tokens.max())} tokens, the limit is {most}; "
                                      "enlarge the cache")  # fmt: skip
@@ -515,8 +519,7 @@ class GPT(nn.Module):
         what stands before it, by position, in its own branch and in branch 0, the beginning.
         Raises ValueError if a row outgrows the cache or the learned positions.
         """
-        (B, T), learned = input_ids.shape, self.embed_positions is not None
-        limit = self.config.max_len if learned else math.inf
+        (B, T), learned, limit = input_ids.shape, self.embed_positions is not None, self.config.limit
         if cache is not None:
             positions = cache._open(B, T, counts)  # (B, T)
         else:

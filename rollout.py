@@ -440,7 +440,7 @@ class Slots:
                     raise
                 Slots.capture = None
                 print(f"a decode step could not be captured, so decoding is slower: {error!r:.200}", file=sys.stderr)
-                return self.step()
+                return self.step()  # the bound on the lengths is now one too high, which costs nothing
         self.replay()
 
     def step(self):

@@ -135,7 +135,7 @@ class Tape(TorchDispatchMode):
                     old.copy_(new)
 
 
-WINDOWED = dict(model_type="mistral", sliding_window=6) | {k: v for k, v in TOY.items() if k != "model_type"}
+WINDOWED = TOY | dict(model_type="mistral", sliding_window=6)
 
 
 @pytest.mark.parametrize("hf", [TOY, GPT2_TOY, WINDOWED], ids=["rotary", "learned", "windowed"])
