@@ -1,616 +1,1499 @@
-r"""Text: problems, prompts, the tokenizer, reasoning steps, and the one answer checker.
+r"""Text: problems, run folders, reasoning steps, the one answer checker, the tokenizer.
 
-The one idea: all that reads the text of a solution is here, once. The same `is_correct` labels samples, scores Monte
-Carlo rollouts and evaluates models; the same `split_steps` says what a step is. A checker that takes "10." for wrong
-turns good steps into first pits, so a mistake here becomes training data without a sound.
-
-Problems are JSON lines of any of three kinds, with an optional unique "id" (default: the line number, from 0):
-    GSM8K  {"question": ..., "answer": "first line\nsecond line\n#### 18"}
-    MATH   {"problem": ..., "solution": "... so it is $\\boxed{\\frac{3}{4}}$."}
-    plain  {"prompt": ..., "answer": "18"}
+Everything that reads the text of a solution is here, once. The same `split_steps` says what a step
+is, and the same `is_correct` filters samples, scores Monte Carlo rollouts and evaluates models. A
+mistake here becomes wrong training data without any error: a checker that takes "10." for wrong
+turns good steps into first pits.
 
 Differences from the paper:
 1. Calculator annotations <<16-3=13>> are removed: a model without a calculator need not learn them.
-2. The paper does not say how solutions are cut into steps: these are Self-Explore's rules, applied to token ids.
-3. The paper compares strings. Here 3/4, 0.75 and \frac34 are one number, and 1+x is x+1: a small calculator with
-   bounded work reads both; what it cannot read is compared as normalised text. Percent signs and units are ignored.
+2. The paper does not say how solutions are cut into steps. GSM8K: lines. MATH: what the text itself
+   numbers or sets in paragraphs, else sentences by the rules of Self-Explore (Hwang et al. 2024).
+3. The paper compares answers as strings. Here 3/4, 0.75 and \frac34 are one number.
 """
 
+import argparse
 import cmath
+import hashlib
 import json
 import operator
+import os
+import platform
 import random
 import re
+import shutil
+import subprocess
+import sys
+import unicodedata
 import zlib
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
-from functools import cache
-from itertools import accumulate, pairwise
+from functools import cache, wraps
+from importlib.metadata import version
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers
+from filelock import FileLock, Timeout
 
 DEFAULT_PROMPT = "Question: {question}\nAnswer:\n"
-MAX_LINE, MAX_TAIL, MAX_ANSWER = 1_000_000, 4_000, 300  # bytes of a line; characters searched; characters understood
-USUAL_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]")
-KINDS = {"question": "answer", "problem": "solution", "prompt": "answer"}
+RANK = int(os.environ.get("RANK", 0))  # number of this process under torchrun
 
 
-class DataError(ValueError):
-    """One line: file and line, what is wrong and what was expected, how to mend it."""
+class UserError(ValueError):
+    """Something that the user can mend. The message is one line: what is wrong, and where."""
+
+
+# --- Problems ------------------------------------------------------------------------------------
+
+QUESTION_KEYS = ("question", "problem", "prompt", "query")
+SOLUTION_KEYS = ("solution", "response", "output")
+ANNOTATION = re.compile(r"<<[^<>\n]*>>")
+EMPTY_BOX = re.compile(r"\\boxed\s*\{\s*\}")
 
 
 @dataclass
 class Problem:
     id: str
     question: str
-    solution: str  # '' if only the answer is known
-    answer: str  # the bare gold answer: '18', '\frac{3}{4}'; '' (matched by nothing) where a MATH box is empty
-    style: str = "lines"  # how solutions are cut into steps: 'lines' or 'math'
-    meta: dict | None = None
+    solution: str  # "" if only the answer is known
+    answer: str  # the bare gold answer: "18", "\frac{3}{4}"
+    style: str = "lines"  # how its solutions are cut into steps, a key of STEP_STARTS
+    meta: dict | None = None  # of the built-in task: {"start": 5, "events": [(sign, number), ...]}
 
 
-def read_problems(path, limit=None):
-    """The problems of a JSON-lines file, at most `limit` of them; blank lines are skipped."""
+def read_problems(path, limit: int | None = None) -> list[Problem]:
+    r"""The problems of a JSON-lines file, at most `limit` of them.
+
+    A line holds a question, perhaps a solution, and a gold answer, under the names in use:
+
+        {"question": "...", "answer": "16 - 3 = <<16-3=13>>13 ...\n#### 18"}         GSM8K
+        {"problem": "...", "solution": "... so $x = \\boxed{\\frac{3}{4}}$."}        MATH
+        {"prompt": "...", "solution": "...", "answer": "18"}      or a number: "answer": 18
+
+    An `answer` that marks its final answer (####, \boxed) is a solution, any other the gold answer.
+    Without a gold answer it is the last that the solution marks. Of several texts that may be the
+    solution, the first that marks the gold answer is taken. `id` is optional (else the line number,
+    from 0); repeated ids are numbered: "7", "7-2", "7-3".
+
+    A line that cannot be read is a UserError. Only a solution with an empty box, as two of MATH's
+    have, is left out with a note on stderr.
+    """
     problems = {}
     try:
-        with open(path, "rb") as file:  # readline with a size: a file without newlines never fills the memory
-            for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b"")):
+        with open(path, "rb") as file:
+            for number, line in enumerate(file):
                 if limit is not None and len(problems) >= limit:
                     break
-                if raw.strip():
-                    problem = _parse_problem(raw, number)
-                    if problems.setdefault(problem.id, problem) is not problem:
-                        raise DataError(f"id {problem.id!r} for the second time; expected unique ids; rename one")
-    except DataError as error:
-        raise DataError(f"{path}:{number + 1}: {error}") from None
+                if line.strip():
+                    problem = parse_problem(line, number, f"{path}:{number + 1}")
+                    if problem is not None:
+                        problem.id = unused_id(problem.id, problems)
+                        problems[problem.id] = problem
     except OSError as error:
-        raise DataError(f"{path}:0: {error.strerror}; expected a JSON-lines file; check the path") from None
+        raise UserError(f"{path}: {error.strerror}") from None
     if not problems:
-        raise DataError(f"{path}:1: no problems; expected one JSON object per line; check how it was written")
+        raise UserError(f"{path}: no problems in this file")
     return list(problems.values())
 
 
-def _parse_problem(raw, number):
-    if len(raw) > MAX_LINE:
-        raise DataError(f"more than {MAX_LINE} bytes; expected one problem per line; split the line")
+def parse_problem(line: bytes, number: int, where: str) -> Problem | None:
+    """A line of a problem file, read as read_problems says; None if the box is empty."""
+    row = parse_object(line, where)
+    question = first_text(row, QUESTION_KEYS)
+    if not question:
+        raise UserError(f"{where}: no question, a text under {', '.join(QUESTION_KEYS)}")
+    answer = text_of(row.get("answer"))
+    gold = extract_answer(answer)
+    solution = first_text(row, SOLUTION_KEYS)
+    for text in [row.get(key) for key in SOLUTION_KEYS] + [answer]:
+        marked = extract_answer(text_of(text), bare=False)
+        if marked and (not gold or is_correct(marked, gold)):
+            solution = text
+            break
+    if not answer:
+        gold = extract_answer(solution, bare=False)
+    if not gold and EMPTY_BOX.search(solution):
+        note(f"{where}: left out, the \\boxed{{}} of its solution is empty")
+        return None
+    if not gold or not is_correct(gold, gold):
+        raise UserError(f"{where}: no gold answer that a solution could match")
+    name = text_of(row.get("id")) or str(number)
+    style = "math" if "\\boxed" in solution else "lines"
+    return Problem(name, question, ANNOTATION.sub("", solution), gold, style)
+
+
+def parse_object(line: bytes, where: str) -> dict:
+    """The JSON object of a line; a UserError for anything else."""
+    if line.lstrip().startswith(b"["):
+        raise UserError(f"{where}: a JSON array; write one object per line (jq -c '.[]' does)")
     try:
-        row = json.loads(raw.decode())
-        json.dumps(row, ensure_ascii=False).encode()  # a lone \ud800 would only fail in the tokenizer
-    except (ValueError, RecursionError):
-        raise DataError("not JSON in UTF-8 without byte order mark; expected one object per line; rewrite it") from None
-    key = next((k for k in KINDS if isinstance(row, dict) and k in row and KINDS[k] in row), None)
-    if key is None:
-        raise DataError(f"unknown keys; expected {' or '.join(f'{k} + {v}' for k, v in KINDS.items())}; rename them")
-    for name in (key, KINDS[key]):
-        if not isinstance(row[name], str) or not row[name].strip() or "\0" in row[name]:
-            raise DataError(f"bad {name!r}; expected nonempty text without NUL; correct the line")
-    name = row.get("id", number)
-    if isinstance(name, bool) or not isinstance(name, str | int) or "\0" in str(name):
-        raise DataError("bad 'id'; expected text or a whole number; correct it or leave it out")
-    solution = "" if key == "prompt" else ANNOTATION.sub("", row[KINDS[key]])
-    if key == "question" and "####" not in solution or key == "problem" and "\\boxed" not in solution:
-        raise DataError(f"no final answer in {KINDS[key]!r}; expected '#### 18' (MATH: \\boxed{{18}}); add it")
-    answer = (extract_answer(solution, bare=False) or "") if solution else row["answer"].strip()
-    return Problem(str(name), row[key], solution, answer, "math" if key == "problem" else "lines")
+        row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()  # half an emoji would fail in the tokenizer
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON in UTF-8 ({error})") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not a JSON object")
+    return row
 
 
-def format_prompt(prompt_format, question):
-    """Puts the question in. Not str.format: questions and formats may hold other braces."""
+def first_text(row: dict, keys) -> str:
+    """The first value that is a text with something in it; "" if there is none."""
+    texts = [row.get(key) for key in keys]
+    return next((text for text in texts if isinstance(text, str) and text.strip()), "")
+
+
+def text_of(value) -> str:
+    """A text, or a number as text; "" for anything else."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, str):
+        return value.strip()
+    return ""
+
+
+def unused_id(name: str, used) -> str:
+    """`name`, or `name` with the first number that makes it new."""
+    count = 1
+    candidate = name
+    while candidate in used:
+        count += 1
+        candidate = f"{name}-{count}"
+    return candidate
+
+
+def format_prompt(prompt_format: str, question: str) -> str:
+    """Put the question in. Not str.format, because LaTeX is full of other braces."""
     if "{question}" not in prompt_format:
-        raise DataError(f"prompt format {prompt_format!r}; expected '{{question}}' in it; add it")
+        raise UserError(f"the prompt format {prompt_format!r} does not contain {{question}}")
     return prompt_format.replace("{question}", question)
 
 
-# --- Answers: find the final one, normalise it, read its value ---
+@cache
+def note(message: str):
+    """Print a note on stderr, each only once."""
+    if RANK == 0:
+        print(f"note: {message}", file=sys.stderr)
 
-ANNOTATION = re.compile(r"<<[^<>\n]*>>")
-TAGS = re.compile(r"</\w+>|<\|\w+\|>|(?<!\w)\*\*|\*\*(?!\w)")  # closing tags, the end of text, bold type
-MARKER = re.compile(r"#{4,}|\\(?:boxed|fbox)\b\s*|\banswers?\b[^\n.:=\\#]{0,60}?(?:\bis\b|\bare\b|[:=])|<answer>|^A:",
-                    re.I | re.M)  # fmt: skip
-FORMULA = re.compile(r"\$\$?\s{0,9}((?:\\.|[^$\\\s])(?:\\.|[^$\\\n])*)\s{0,9}\$|\\\(([^\n]{1,300}?)\\\)"
-                     r"|\\\[\s{0,9}(\S[^\n]{0,300}?)\s{0,9}\\\]")  # fmt: skip
-BOLD = re.compile(r"\*\*(?!\d+[.)]\s)([-$]*\d[^*\n:]*)\*\*")
-NAME = re.compile(r"\\?[a-z]+(?:\([a-z\d]\))?|\([a-z, ]+\)")
-NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\$-?)?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
+
+# --- Run folders: files that survive a crash -----------------------------------------------------
+
+
+def rank_zero_only(function):
+    """Run on rank 0 only: all processes of torchrun call `function`, one of them writes."""
+
+    @wraps(function)
+    def wrapper(*args, **kwargs):
+        if RANK == 0:
+            function(*args, **kwargs)
+
+    return wrapper
+
+
+def read_rows(path, keys: dict[str, type] | None = None) -> list[dict]:
+    """The rows of a JSONL file that append_rows wrote; none if there is no file yet.
+
+    keys: {name: type} that each row must have, {"id": str} if not given. A last line that a crash
+    cut short is taken off the file; any other broken line is a UserError.
+    """
+    path = Path(path)
+    keys = keys or {"id": str}
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_bytes().split(b"\n")  # not splitlines, which also splits at \r
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        whole = isinstance(row, dict)
+        whole = whole and all(isinstance(row.get(key), kind) for key, kind in keys.items())
+        if whole:
+            rows.append(row)
+        elif row is not None or number < len(lines):
+            raise UserError(f"{path}:{number}: not a JSON object with {', '.join(keys)}")
+    if lines[-1] and RANK == 0:
+        with open(path, "r+b") as file:
+            if whole:  # only its newline is missing
+                file.seek(0, os.SEEK_END)
+                file.write(b"\n")
+            else:
+                file.truncate(path.stat().st_size - len(lines[-1]))
+    return rows
+
+
+@rank_zero_only
+def append_rows(path, rows):
+    """Append rows in one write, so that a crash can only cut the last of them short."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@rank_zero_only
+def write_rows(path, rows):
+    """Write a whole JSONL file, under a temporary name that is then renamed: never half a file."""
+    Path(f"{path}.tmp").unlink(missing_ok=True)
+    append_rows(f"{path}.tmp", rows)
+    os.replace(f"{path}.tmp", path)
+
+
+@rank_zero_only
+def write_json(path, value):
+    """Write a JSON file for people to read, in the same way."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+    os.replace(f"{path}.tmp", path)
+
+
+def read_json(path) -> dict:
+    """The object in a JSON file; {} if there is no file."""
+    if not Path(path).exists():
+        return {}
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value
+
+
+# --- Run folders: flags and the run's config.json ------------------------------------------------
+
+# Defaults that depend on the task: a small model learns the built-in one, a pretrained model is
+# fine-tuned on a JSONL file.
+BASE = Path(__file__).parent / "experiments" / "base"  # where the built-in task starts
+PRESETS = {
+    "arithmetic": dict(
+        model=str(BASE),
+        prompt="{question}\n",
+        limit=800,
+        test_limit=1000,
+        max_new_tokens=64,
+        samples=16,
+        temperature=0.7,
+        negatives=4,
+        rollouts=8,
+        batch=32,
+        lr=1e-3,
+        neg_lr=5e-5,
+        sft_epochs=5.0,
+        generator_epochs=5.0,
+        pos_epochs=8.0,
+        neg_epochs=3.0,
+        eval_samples=8,
+    ),
+    "jsonl": dict(
+        model="",
+        prompt=DEFAULT_PROMPT,
+        limit=0,
+        test_limit=0,
+        max_new_tokens=256,
+        samples=8,
+        temperature=0.7,
+        negatives=4,
+        rollouts=5,
+        batch=32,
+        lr=2e-5,
+        neg_lr=1e-6,
+        sft_epochs=3.0,
+        generator_epochs=2.0,
+        pos_epochs=3.0,
+        neg_epochs=1.0,
+        eval_samples=0,
+    ),
+}
+
+
+def flag(default, help, *, group="", least=None, most=None, choices=None, free=False):
+    """A field of a configuration, and its flag: `beta: float = flag(0.3, "of Eq. 1", least=0)`.
+
+    default: None stands for the value in PRESETS; the field is then annotated `int | None`.
+    group: the heading in --help from this flag on. least, most: the range, both included.
+    free: whether it may change when a run is continued, as it changes no result.
+    """
+    metadata = dict(help=help, group=group, least=least, most=most)
+    metadata |= dict(choices=choices and list(choices), free=free)
+    return field(default=default, metadata=metadata)
+
+
+class FlagParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def parse_flags(config_class, description: str, argv: list[str] | None = None):
+    """A configuration from the command line: one flag for each field of a flat dataclass.
+
+    A UserError for an unknown flag and for a value of the wrong kind, out of range or not among
+    the choices.
+    """
+    style = argparse.RawDescriptionHelpFormatter
+    parser = FlagParser(description=description, allow_abbrev=False, formatter_class=style)
+    groups = {}
+    group = "run"
+    for item in fields(config_class):
+        group = item.metadata["group"] or group
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        kind = item.type
+        if kind not in (int, float, str):  # "int | None" takes an int
+            kind = kind.__args__[0]
+        groups[group].add_argument(
+            flag_name(item),
+            type=kind,
+            default=item.default,
+            choices=item.metadata["choices"],
+            metavar=kind.__name__,
+            help=flag_help(item),
+        )
+    config = config_class(**vars(parser.parse_args(argv)))
+    check_ranges(config)
+    return config
+
+
+def flag_name(item) -> str:
+    return "--" + item.name.replace("_", "-")
+
+
+def flag_help(item) -> str:
+    """The line of --help: what the flag is, its choices, its default."""
+    text = item.metadata["help"]
+    if item.metadata["choices"]:
+        text += ": " + ", ".join(item.metadata["choices"])
+    default = repr(item.default)
+    if item.name in PRESETS["jsonl"] and item.default is None:
+        presets = [f"{task} {PRESETS[task][item.name]!r}" for task in PRESETS]
+        default = ", ".join(presets)
+    return f"{text} [{default}]".replace("%", "%%")
+
+
+def check_ranges(config):
+    """A UserError for a number outside the range of its flag."""
+    values = asdict(config)
+    for item in fields(config):
+        value = values[item.name]
+        least = item.metadata["least"]
+        most = item.metadata["most"]
+        if value is None:
+            continue
+        if least is not None and not value >= least:  # NaN is not >= anything
+            raise UserError(f"{flag_name(item)} {value} is less than {least}")
+        if most is not None and not value <= most:
+            raise UserError(f"{flag_name(item)} {value} is more than {most}")
+
+
+def default_values(config) -> dict:
+    """What each field is when its flag is not given, for the data of this configuration."""
+    task = "arithmetic" if asdict(config).get("data") == "arithmetic" else "jsonl"
+    defaults = {item.name: item.default for item in fields(config)}
+    for name, value in defaults.items():
+        if value is None:
+            defaults[name] = PRESETS[task].get(name)
+    return defaults
+
+
+def apply_presets(config):
+    """The configuration with the fields that are None taken from PRESETS."""
+    defaults = default_values(config)
+    missing = [name for name, value in asdict(config).items() if value is None]
+    return replace(config, **{name: defaults[name] for name in missing})
+
+
+LOCKS = {}  # {folder: its lock}, held until this process ends, however it ends
+
+
+@rank_zero_only
+def lock_folder(folder):
+    """Create a folder and lock it for the life of this process; refuse one that another locked."""
+    folder = Path(folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder not in LOCKS:
+        lock = FileLock(folder / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{folder}: another process is working in this folder") from None
+        LOCKS[folder] = lock
+
+
+@rank_zero_only
+def claim_folder(config, path, **contents):
+    """Lock the folder of `path`, and write there, as JSON, how its results are made.
+
+    contents: hashes of what the configuration only names, data_hash=content_hash(problems). A
+    folder begun with other contents or flags is refused, except for flags that are free to change.
+    A flag that the stored file lacks counts as its default: a run may be older than a flag. The
+    other processes of torchrun have to wait for this one (a barrier after the call).
+    """
+    path = Path(path)
+    lock_folder(path.parent)
+    values = asdict(config)
+    if path.exists():
+        stored = default_values(config) | read_json(path)
+        free = [item.name for item in fields(config) if item.metadata["free"]]
+        for name, value in (values | contents).items():
+            if name not in free and stored.get(name) != value:
+                begun = f"{name}={stored.get(name)!r}, not {value!r}"
+                raise UserError(f"{path}: this run was begun with {begun}; choose another --out")
+    write_json(path, values | contents | provenance())
+
+
+def provenance() -> dict:
+    """Where a result comes from: the commit of this code, torch's version, the processor."""
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return dict(
+        commit=commit or "unknown",
+        torch=version("torch"),
+        device_name=platform.processor() or platform.machine(),
+    )
+
+
+def content_hash(problems: list[Problem]) -> str:
+    """A checksum of all that these problems say, to notice when their file has changed."""
+    text = json.dumps([asdict(problem) for problem in problems])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def folder_hash(folder) -> str:
+    """A checksum of a model folder that takes no time: config.json and tokenizer.json are read
+    whole, but of the weights only the sizes, the first and the last megabyte."""
+    megabyte = 2**20
+    folder = Path(folder)
+    digest = hashlib.blake2b(digest_size=8)
+    for name in ("config.json", "tokenizer.json"):
+        if (folder / name).exists():
+            digest.update((folder / name).read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(megabyte))
+            file.seek(max(0, size - megabyte))
+            digest.update(file.read(megabyte))
+    return digest.hexdigest()
+
+
+# --- Steps ---------------------------------------------------------------------------------------
+
+LETTER = re.compile(r"\S")
+GAP = re.compile(r"\s+")
+# A line that opens a numbered step: "Step 2: ...", "2. ...", "**Step 2**", "## 2) ..."
+NUMBERED = re.compile(r"^(?!####)[ \t#*]*(?:step \d+\b|\d+[.)](?!\S))", re.I | re.M)
+FINAL = re.compile(r"^####|(?<!\S)The answer is", re.M)
+# What continues a paragraph behind a blank line: a display, a drawing, a lower-case letter.
+CONTINUES = re.compile(r"\\\[|\$\$|\\begin|\[/?asy|[a-z}]")
+SENTENCE = re.compile(r".+?(?:\n+|\.\$\s+|\$\.\s+|$)", re.S)  # ends with a line or a formula
+HALF = re.compile(r"\s(?=which |so |= |and |Thus)|(?<=,\$)\s")
+ARITHMETIC_SIGNS = str.maketrans("−–×·÷", "--**/")
+
+
+def split_steps(ids: list[int], tokenizer, style: str = "lines") -> list[list[int]]:
+    r"""Token ids of a solution, cut into steps; the steps joined are `ids` again.
+
+    The token that holds the first letter of a step opens it, with the space before the letter if
+    that is in the same token. The end of text stays with the last step. `style` is a key of
+    STEP_STARTS. In the built-in task, with a token for each word,
+
+        "3 + 4 = 7\n7 + 2 = 9\n#### 9"  ->  "3 + 4 = 7\n", "7 + 2 = 9\n", "#### 9"
+    """
+    ids = list(ids)
+    solution = ids
+    if ids and ids[-1] in tokenizer.stop_ids:
+        solution = ids[:-1]
+    token_starts, text = tokenizer.token_starts(solution)
+    edges = {0, len(ids)}
+    for letter in step_letters(text, style)[1:]:  # the first step opens at token 0
+        start = token_starts[bisect_right(token_starts, letter) - 1]
+        edges.add(bisect_left(token_starts, start))  # a character may be several tokens
+    return [ids[i:j] for i, j in pairwise(sorted(edges))]
+
+
+def step_letters(text: str, style: str) -> list[int]:
+    """Where the first letter of each step of a solution stands."""
+    if style not in STEP_STARTS:
+        raise UserError(f"unknown style of steps {style!r}, known are {', '.join(STEP_STARTS)}")
+    starts = [0, *STEP_STARTS[style](text)]
+    letters = (LETTER.search(text, start) for start in starts)
+    return sorted({letter.start() for letter in letters if letter})
+
+
+def line_starts(text: str) -> list[int]:
+    """GSM8K and the built-in task: each line is a step, or each number if the text numbers them."""
+    return numbered_starts(text) or [gap.end() for gap in GAP.finditer(text) if "\n" in gap[0]]
+
+
+def math_starts(text: str) -> list[int]:
+    """MATH: a step is what the text numbers, else a paragraph, else a sentence."""
+    return numbered_starts(text) or paragraph_starts(text) or sentence_starts(text)
+
+
+# Each style of steps: a function from the text of a solution to the places where steps start.
+STEP_STARTS = {"lines": line_starts, "math": math_starts}
+
+
+def numbered_starts(text: str) -> list[int]:
+    """The starts of numbered steps and of the final answer; none unless there are two numbers."""
+    starts = [match.start() for match in NUMBERED.finditer(text)]
+    if len(starts) < 2:
+        return []
+    return starts + final_start(text)
+
+
+def paragraph_starts(text: str) -> list[int]:
+    """The starts of paragraphs and of the final answer; none if no blank line divides the text."""
+    gaps = [gap for gap in GAP.finditer(text.rstrip()) if gap[0].count("\n") > 1]
+    starts = [gap.end() for gap in gaps if not CONTINUES.match(text, gap.end())]
+    if not starts:
+        return []
+    return starts + final_start(text)
+
+
+def final_start(text: str) -> list[int]:
+    """Where the last '####' or 'The answer is' starts; a list of one, or empty."""
+    return [match.start() for match in FINAL.finditer(text)][-1:]
+
+
+def sentence_starts(text: str) -> list[int]:
+    """Self-Explore's rules for MATH: a step is a sentence that ends with a line or a formula.
+
+    Short sentences are joined, and more of them until nine steps are left. Three steps or fewer are
+    halved. 'The answer is' is a step of its own.
+    """
+    final = final_start(text)
+    body = text[: final[0]] if final else text
+    most = 9 - len(final)
+    steps = join_short(SENTENCE.findall(body), 20)
+    steps = join_short(steps, 0.3 * len(body) / max(1, len(steps)))
+    while len(steps) > most:  # the shortest joins the one before it
+        shortest = steps.index(min(steps, key=len))
+        i = max(1, shortest)
+        steps[i - 1 : i + 1] = [steps[i - 1] + steps[i]]
+    if len(steps) <= most - 6:
+        steps = list(chain.from_iterable(halve(step) for step in steps))
+    return list(accumulate(len(step) for step in steps))
+
+
+def join_short(pieces: list[str], limit: float) -> list[str]:
+    """Join pieces of less than `limit` characters to the one before, a first one to the next."""
+    joined = pieces[:1]
+    for piece in pieces[1:]:
+        if min(len(piece), len(joined[-1])) < limit:
+            joined[-1] += piece
+        else:
+            joined.append(piece)
+    return joined
+
+
+def halve(text: str) -> list[str]:
+    """A sentence cut near its middle, before a conjunction or an equals sign; whole if short."""
+    cuts = [match.start() for match in HALF.finditer(text)]
+    cuts = [cut for cut in cuts if 20 < cut < len(text) - 20]
+    if not cuts:
+        return [text]
+    cut = min(cuts, key=lambda cut: abs(2 * cut - len(text)))
+    return [text[:cut], text[cut:]]
+
+
+def edit_distance(a, b) -> int:
+    """Levenshtein distance of two sequences (token ids, strings), one row of the table at a time.
+
+    >>> edit_distance("kitten", "sitting")
+    3
+    """
+    b = np.array(list(b))
+    columns = np.arange(len(b) + 1)
+    row = columns
+    for i, item in enumerate(a):
+        best = np.minimum(row[1:] + 1, row[:-1] + (b != item))  # delete the item, or match it
+        best = np.concatenate(([i + 1], best))
+        row = np.minimum.accumulate(best - columns) + columns  # insertions: +1 to the right
+    return int(row[-1])
+
+
+def equation_key(text: str) -> tuple[str, ...]:
+    """The equations of a solution, which tell rewordings from new solutions.
+
+    >>> equation_key("He has 2 x 3 = $6.")
+    ('2*3=6',)
+    """
+    text = ANNOTATION.sub("", text).translate(ARITHMETIC_SIGNS)
+    equations = []
+    for run in re.findall(r"[-+*/()\d.,$%=x ]+", text):
+        run = re.sub(r"[ ,$]", "", run).replace("x", "*").strip("*.")
+        if re.match(r"\D*\d[^=]*=.*\d", run):  # a digit on both sides; anchored, so linear
+            equations.append(run)
+    return tuple(equations)
+
+
+# --- Answers -------------------------------------------------------------------------------------
+
+# There are two paths. A gold answer that is a number (with a sign, commas, decimals, a fraction, a
+# unit) is compared with the number that the response states: `_stated_number`. Any other gold is an
+# expression: LaTeX is normalised, then what both sides can compute is compared by value, lists by
+# their elements and the rest as text: `_same`.
+
+MAX_TAIL = 4_000  # characters at the end of a response that are searched
+MAX_ANSWER = 300  # characters of an answer that are understood; longer ones are compared as text
+
+TAGS = re.compile(r"</\w+>|<\|\w+\|>|(?<!\w)\*\*|\*\*(?!\w)")  # </answer>, <|im_end|>, bold type
+SIGNS = str.maketrans("‐‒–—−·⋅∙×÷⁄、", "-----****//,") | str.maketrans(
+    {"∞": r"\infty ", "π": r"\pi ", "√": r"\sqrt ", "≈": r"\approx ", "∈": r"\in ", "。": ". "}
+)
+MARKER = re.compile(
+    r"\\(?:boxed|fbox)\b\s*|<answer>|^A:|\banswers?\b[^\n.:=\\#]{0,60}?(?:\bis\b|\bare\b|[:=])"
+    # A line '#### Step 2' or '#### 2. Cost' with text below it is a heading of Markdown.
+    r"|(?<![\n#])(?<!\A)#{4,}|^#{4,}(?!#|\s*(?:\d+[.)]\s+)?[a-z]{3}[^\n]*\n\s*\S)",
+    re.IGNORECASE | re.MULTILINE,
+)
+FORMULA = re.compile(
+    r"\$\$?\s{0,9}((?:\\.|[^$\\\s])(?:\\.|[^$\\\n])*)\s{0,9}\$\$?"
+    r"|\\\(([^\n]{1,300}?)\\\)|\\\[\s{0,9}(\S[^\n]{0,300}?)\s{0,9}\\\]"
+)
+SENTENCE_END = re.compile(
+    r"(?<!\\)[.!?](?:\s|$)|\n|,?\s(?:because|since|as|so|where|which)\b", re.IGNORECASE
+)
 PROSE = re.compile(r"(?<![\\A-Za-z])(?!or\b|and\b)[A-Za-z]{2,}")
-SYMBOLS = str.maketrans({
-    "−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "∞": r"\infty ", "π": r"\pi ", "√": " sqrt ", "≈": r"\approx "})
-TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|math(?:rm|bf|it)|boldsymbol|underline)\s*"
-RANGE = re.compile(r"(?<![^,∪])(?:([^<≤>≥=,∪]+)([<≤>≥]))?\s*[a-z]\s*(?:([<≤>≥])([^<≤>≥=,∪]+))?(?![^,∪])")
-REWRITES = [  # pattern, replacement
-    (r"<<[^<>\n]*>>|\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])", ""), (r"\{,\}|,\s*\\!\s*", ","),
-    (r"\\begin\{[a-z]matrix\}|[(\[]?\s*\\begin\{(?:matrix|array\}\s*\{[^{}]*)\}", "["),
-    (r"(?:\\\\\s*)?(?:\\end\{[a-z]matrix\}|\\end\{(?:matrix|array)\}\s*[)\]]?)", "]"),
-    (r"\\\\", ";"), (r"\\[!,;: ]|\\q?quad(?![a-z])", ""), ("&", ","),
-    (r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?|°)(?:\s*[CF]\b)?|\\?%|\\?\$|[€£~]|\\pounds", " "),
-    (r"(?<=[\d}])\s*\\approx.*", ""), (r"\\(?:approx|in)(?![A-Za-z])", "="),  # 2/3 \approx 0.67 is 2/3
-    (r"\\[dtc]frac", r"\\frac"), (r"\*\*", "^"), (r"\\(?:times|cdot)(?![A-Za-z])", "*"),
-    (r"\\le(?:q|qslant)?(?![a-z])", "≤"), (r"\\ge(?:q|qslant)?(?![a-z])", "≥"), (r"\\varnothing", r"\\emptyset"),
-    (r"\\mathbb\{?R\}?", r"(-\\infty,\\infty)"),
-    (TEXT + r"\{[\s,]*(?:or|and)\s*\}|(?<=[\d\s])(?:or|and)\s", ","),
-    (r"(?<=[^=,(\s])\s*" + TEXT + r"\{[^{}]*\}(?:\^\{?\d\}?)?[\s.]*$", ""),  # 15\text{ cm}^2 is 15, not 225
-    (TEXT + r"\{([^{}]*)\}", r" \1 "),
-    (r"(?<=[\d)}])(?:\s+(?:[A-Za-z]{3,}|m\b)|\s*(?:mm|cm|km|kg|ft|mph|hrs?|min|(?i:[ap]\.?m))\b)[A-Za-z\s./]*"
-     r"(?:\^\{?[23]\}?)?$", ""), (r"(?<![\d:.])0(?=\d:)", ""),
-    (r"(?<=\d)[eE]([-+]?\d{1,3})\b", r"*10^{\1}"), (r"(\d)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
-    (r"\\(frac|sqrt)\s*(\d)", r"\\\1{\2}"), (r"(?<!\\)sqrt\s*(\d+)", r"\\sqrt{\1}"),  # LaTeX takes one digit: \frac34
-    (r"(?<![\d.^])(\d+)\s*(\\frac\{\d+\}\s*(?:\d|\{\d+\}))", r"(\1+\2)"),  # 3\frac{1}{2}
-    (r"(?<![A-Za-z\\])(pi|sqrt)(?![A-Za-z])", r"\\\1 "), (r"\\\{", "⦃"), (r"\\\}", "⦄"), (r"\\cup(?![a-z])", "∪"),
-]
 
 
-def _tail(text):
-    return "" if text is None else TAGS.sub("", ANNOTATION.sub("", str(text)[-MAX_TAIL:])).strip()
+def _plain(text):
+    """The end of a text with one spelling of each sign: 'x² − ½' becomes 'x^{2} - 1/2'."""
+    text = "" if text is None else str(text)
+    text = ANNOTATION.sub("", text[-MAX_TAIL:])
+    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", r"^{\g<0>}", text)
+    text = re.sub("[₀-₉]+", r"_{\g<0>}", text)
+    text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)
+    text = re.sub(r"√(\d+)", r"\\sqrt{\1}", text)
+    return unicodedata.normalize("NFKC", text).translate(SIGNS).strip()
 
 
-def extract_answer(text, bare=True):
-    """The answer behind the last '####', '\\boxed' or 'answer is' with something behind it; a short line without any
-    such marker is its own answer (if `bare`); else None. Only the end of a long text is searched."""
-    text, stack, closing, wordy = _tail(text), [], {}, None
+def extract_answer(text: str | None, bare: bool = True) -> str | None:
+    r"""The final answer of a solution, or None.
+
+    It stands behind the last marker with something behind it: in the braces of \boxed{18}, or up
+    to the end of the sentence behind '####' or 'the answer is'. A short line without a marker is
+    its own answer if `bare`. Only the last MAX_TAIL characters are searched.
+
+    >>> extract_answer(r"It is $\boxed{\frac{1}{2}}$."), extract_answer("9 * 2\n#### 18 eggs. Bye")
+    ('\\frac{1}{2}', '18 eggs')
+    """
+    text = TAGS.sub("", _plain(text)).strip()
     if bare and 0 < len(text) <= MAX_ANSWER and "\n" not in text and not MARKER.search(text):
         return text
-    for i, char in enumerate(text):  # all braces at once: hostile text may open thousands of boxes
-        if char == "{":
-            stack.append(i)
-        elif char == "}" and stack:
-            closing[stack.pop()] = i
+    vague = None
     for marker in reversed(list(MARKER.finditer(text))):
-        start, kind = marker.end(), marker[0][0]
-        line = text[start : start + MAX_ANSWER].split("\n")[0]
+        kind = marker[0][0]
         if kind == "\\":
-            answer = text[start + 1 : closing[start]] if start in closing else line[:1].strip("{")
-        elif kind == "#":
-            heading = r"\s*step\b|\s*\d+[.)]\s+[a-z]|\s*[a-z]{3}[^\n]*\n+[^\n]"  # of Markdown, with text below it
-            answer = "" if re.match(heading, text[start:], re.I) else line
+            answer = _in_braces(text[marker.end() :])
         else:
-            line = text[start : start + MAX_ANSWER].lstrip(" \n\t:*")
-            formula = FORMULA.match(line)
-            answer = formula[formula.lastindex] if formula else re.split(r"(?<!\\)[.!](?:\s|$)|\n", line, maxsplit=1)[0]
-            if "\\boxed" in answer or len(answer) > 30 and re.match(r"[A-Za-z]", answer) and PROSE.search(answer):
-                answer = ""  # an empty box has been passed over; 'Answer: She first buys ...' opens a solution
-        answer = answer.strip(" \t\r\n`\"_*")
-        if answer and (kind in "#\\" or not wordy and not answer.isalpha() and _value(_normalise(answer)) is not None):
+            answer = _sentence(text[marker.end() :], after_words=kind != "#")
+        answer = answer.strip(' \t\r\n`"_*')
+        if answer and kind in "#\\":
             return answer
-        wordy = wordy or answer  # 'the answer is correct' must not hide an earlier \boxed{18}
-    return wordy or None
+        if answer and not vague and not answer.isalpha() and _value(_normalise(answer)) is not None:
+            return answer
+        vague = vague or answer  # 'the answer is correct' must not hide an earlier \boxed{18}
+    return vague or None
 
 
-def is_correct(response, gold):
-    """Whether a response (a solution or a bare answer) states the gold answer (bare, or a whole gold solution)."""
-    text, gold = _tail(response), extract_answer(gold)
-    answer, marked = extract_answer(response), extract_answer(response, bare=False)
-    if not gold or answer and answers_equal(answer, gold):
-        return bool(gold)
-    digits = re.fullmatch(r"(-?\d+)_(?:\d|\{\d+\})\.?", gold)
-    if answer and digits and answers_equal(answer, digits[1]):
-        return True  # the question asks for base 8: 2516 is 2516_8 there
-    number = NUMBER.fullmatch(gold.strip("$. "))
-    formula = None if marked else next(reversed(list(FORMULA.finditer(text))), None)
-    if formula and (not number or "\\" in formula[0]) and answers_equal(formula[formula.lastindex], gold):
-        return True  # without a marker, the last formula may be the answer
-    if not number or answer and re.search(r"\d", answer) and not PROSE.search(answer):
-        return False  # a formula, and not the gold number
-    if marked and re.search(r"\d", marked):  # '#### 5 boxes of 12': the first number, behind '=' if there is one
-        clause = re.split(r"[,;]\s+[a-z]|\s\(", marked)[0]
-        numbers = NUMBER.findall(clause.rpartition("=")[2].translate(SYMBOLS))[:1]
-    else:  # 'So she makes $18 a day.': the last number of the last line with one
-        lines = ANNOTATION.sub("", str(response)[-MAX_TAIL:]).split("\n")
-        line = next((line for line in reversed(lines) if re.search(r"\d", line)), "")
-        bold = BOLD.findall(line)  # 'She makes **$18** from 9 eggs.'
-        numbers = NUMBER.findall((bold or [line.replace("**", "")])[-1].translate(SYMBOLS))[-1:]
-    return bool(numbers) and answers_equal(numbers[0], gold)
+def _in_braces(text):
+    r"""What the braces that open a text enclose: '\frac{1}{2}' of '{\frac{1}{2}}$.'; '2' of '2'."""
+    if text[:1] != "{":
+        return text[:1]
+    depth = 0
+    for i, char in enumerate(text[: MAX_ANSWER + 2]):
+        depth += {"{": 1, "}": -1}.get(char, 0)
+        if depth == 0:
+            return text[1:i]
+    return ""
 
 
-def answers_equal(a, b):
-    r"""Whether two bare answers are one number, list or normalised text; never if one is empty.
+def _sentence(text, after_words):
+    """The sentence that opens a text; of '$x + 1$ for all $x$' only the formula."""
+    text = text.lstrip(" \n\t:*")[: MAX_ANSWER + 1]
+    formula = FORMULA.match(text)
+    end = formula.end() if formula else 0
+    sentence = text[:end] + SENTENCE_END.split(text[end:], maxsplit=1)[0]
+    if formula and _number(formula[0]) is None:
+        if not re.match(r"\s*(?:,|or\b|and\b)\s*[$\\]", text[end:]):
+            sentence = formula[formula.lastindex]
+    if "\\boxed" in sentence:
+        return ""  # an empty box, which has been passed over
+    if after_words and len(sentence) > 30 and sentence[0].isalpha() and PROSE.search(sentence):
+        return ""  # 'Answer: She first buys ...' opens a solution
+    return sentence
 
-    >>> answers_equal("$1,200.00", "1200"), answers_equal(r"\frac{3}{4}", ".75"), answers_equal("50%", "0.5")
-    (True, True, False)
+
+def is_correct(response: str | None, gold: str | None) -> bool:
+    r"""Whether a response (a solution or a bare answer) states the gold answer, bare or a solution.
+
+    >>> is_correct("9 * 2 = $18 a day.\n#### 18 dollars", "18"), is_correct("#### 18 or 19", "18")
+    (True, False)
     """
-    a, b = str(a).strip(), str(b).strip()
+    gold = extract_answer(gold)
+    if not gold:
+        return False
+    text = _plain(response)
+    answer = extract_answer(response, bare=False)
+    number = _number(gold)
+    if number is not None:
+        if answer and re.search(r"\d", answer):
+            return _equal_values(_stated_number(answer), number)
+        return _equal_values(_last_number(text), number)
+    candidates = [answer]
+    if not answer:  # then a short text itself, or its last formula, may be the answer
+        formulas = list(FORMULA.finditer(text))
+        candidates = [formula[formula.lastindex] for formula in formulas[-1:]]
+        candidates.append(extract_answer(response))
+    golds = [gold]
+    base = re.fullmatch(r"(-?\d+)_(?:\d|\{\d+\})\.?", gold)
+    if base:  # the question asks for base 8: 2516 is 2516_8 there
+        golds.append(base[1])
+    for candidate in filter(None, candidates):
+        if any(answers_equal(candidate, gold) for gold in golds):
+            return True
+    return False
+
+
+def answers_equal(a: str, b: str) -> bool:
+    r"""Whether two bare answers are one number, list or expression; never if one is empty.
+
+    >>> answers_equal("$1,200.00", "1200"), answers_equal(r"\frac{3}{4}", ".75")
+    (True, True)
+    """
+    a = _plain(a)
+    b = _plain(b)
     if max(len(a), len(b)) > MAX_ANSWER:
         return a == b
+    if _number(a) is not None or _number(b) is not None:
+        return _equal_values(_stated_number(a), _stated_number(b))
     return _same(_normalise(a), _normalise(b))
 
 
-def _normalise(answer):
-    answer = answer.translate(SYMBOLS)
-    for pattern, new in REWRITES:
-        answer = re.sub(pattern, new, answer).strip().rstrip(".,:")
-    if answer[:1] not in ("(", "[", "⦃"):  # in brackets a comma separates: (100,101) is a pair, 100,101 a number
-        answer = re.sub(r"(?<![\d,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), answer)
-    return RANGE.sub(_interval, answer.lower())
+def _equal_values(x, y):
+    """Exactly equal if both are fractions, else to eleven digits; nothing equals None."""
+    if x is None or y is None:
+        return False
+    if isinstance(x, Fraction) and isinstance(y, Fraction):
+        return x == y
+    try:
+        return cmath.isclose(x, y, rel_tol=1e-11)
+    except OverflowError:
+        return False
+
+
+# The first path: numbers
+
+TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|math(?:rm|bf|it)|boldsymbol|underline)\s*"
+SPELLING = [  # pattern, replacement: one spelling of numbers, signs and fractions
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])", ""),
+    (r"\\\\", " ; "),  # a row of a matrix ends
+    (r"\\[()\[\]]", " "),
+    (r"\{,\}|,\s*\\!\s*", ","),
+    (r"\\[!,;: ]|\\q?quad(?![a-z])", ""),
+    (r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?|°)(?:\s*[CF]\b)?", " "),
+    (r"\\?%|\\?\$|[¢-¥\u20a0-\u20cf~]|\\pounds", " "),
+    (r"(?<=[\d}])\s*\\approx.*", ""),  # 2/3 \approx 0.67 is 2/3
+    (r"\\(?:approx|in)(?![A-Za-z])", "="),
+    (r"\b(?:minus|negative)\s+(?=[\d.\\])", "-"),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),  # LaTeX takes one digit: \frac34
+    (r"\\(frac|sqrt)\s*(\d)", r"\\\1{\2}"),
+    (r"\*\*", "^"),
+    (r"\sx\s+(?=-?[\d.])", " * "),
+    (r"\\(?:times|cdot)(?![A-Za-z])", "*"),
+    (r"\\le(?:q|qslant)?(?![a-z])|<=", "≤"),
+    (r"\\ge(?:q|qslant)?(?![a-z])|>=", "≥"),
+    (r"(?:" + TEXT + r"\{\s*)?\(?\bbase[\s-]*(\d+)\)?\}?", r"_{\1}"),  # 1011 (base 2)
+]
+DIGIT_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}([, '’])\d{3}(?:\1\d{3})*(?![\d,])")
+IN_BRACKETS = re.compile(r"[^\d)\]]*(?:[(\[]|\\\{)")
+
+MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+# What follows a number and is none of these is a unit, in any script: 5 cm, 5g, 5 個, 5 a day.
+OPERATORS_BEHIND = [
+    r"\s*[\d_!{}\[\]\\^|]|\.\d",  # 5 1, 2516_8, 5!, 5\pi
+    r"\s*[-+*/=<>≤≥:,;∪]\s*[-+]?\s*[\d\\({.]",  # 5 - 3, 10:30
+    r"\s*[-+*/=<>≤≥]\s*(?:[a-z]\b|$)",  # 5 - x
+    r"\s*\((?!\s*[^\W\d_]{2})",  # 5(x + 1), but not 5 (apples)
+    r"\s*(?:and|or)\s+-?\d|\s*(?:pi|sqrt|sin|cos|tan|log|ln)\b",
+    r"(?:[a-fijknp-rt-zKMBDEXYZα-ω]|[abcxyz]{2,3})(?![^\W\d_])",  # 5x, 5ab, 5k
+    r"\s+[abiknxyzα-ω](?=\s*(?:[-+*/^_=()]|$))",  # 5 x, but not 5 a day
+    r"\s*[^\W\d_]+(?:\^\{?\d+\}?)?\s*(?:\\|[-+*]\s*(?:[\d\\(]|[a-z]\b))",  # 5s^2 + s
+]
+NUMBER = re.compile(
+    r"(?<![A-Za-z_^.\d])(?P<sign>(?<![\w)}])-\s*)?"
+    r"(?:(?:(?P<whole>\d+)\s+)?(?P<top>\d+)\s*/\s*(?P<bottom>\d+)|(?P<decimal>\d+(?:\.\d+)?|\.\d+))"
+    rf"(?!{'|'.join(OPERATORS_BEHIND)})(?:\s*(?P<magnitude>(?i:{'|'.join(MAGNITUDES)}))\b)?"
+)
+NUMBER_BEHIND_WORDS = re.compile(r"[^\d\\()\[\]{}_^*/+<>≤≥|=]*?" + NUMBER.pattern)
+UNIT = re.compile(r"(?:(?:\s|[^\x00-\x7f])[^\d=+*<>\\\[\]{}^_|-]*(?:\^\{?\d\}?)?)?")
+CLAUSE_END = re.compile(r"[,;]\s+[a-z]{2}|\s\((?=[a-z]{2}|[^()]*=)")
+ALTERNATIVES = re.compile(  # '5 or 9', '5, 9', 'x = 5 or x = 9', but not '5, 3 * 3 = 9'
+    r"\d(?:.*\bor|\s*and|\s*[,;])\s*(?:[a-z]\s*=\s*)?[-+]?\s*\d[\d.]*(?!\s*[-+*/\d.])"
+)
+BOLD = re.compile(r"\*\*(?!\d+[.)]\s)([-$]*\d[^*\n:]*)\*\*")
+LABEL = re.compile(r"\s*(?:\d+[.)]\s+)?[^\d:=]{1,40}:\s*(?=-?[\d.])")
+LINE_START = re.compile(
+    r"\A\s*(?:\d+[.)]\s+)?(?:(?:so|thus|hence|therefore|then|a total of)\b,?\s*)*", re.IGNORECASE
+)
+
+
+def _spell(text):
+    r"""A text with one spelling of its numbers: '\$1{,}000 \dfrac12' becomes '1000 \frac{1}{2}'."""
+    for pattern, new in SPELLING:
+        text = re.sub(pattern, new, text)
+    text = text.strip().rstrip(".,:; ")
+    if not IN_BRACKETS.match(text):  # (100,101) is a pair, 100,101 a number
+        text = DIGIT_GROUPS.sub(lambda match: match[0].replace(match[1], ""), text)
+    return text
+
+
+def _spell_number(text):
+    r"""`_spell` without LaTeX's text and fractions: '\frac{3}{4}\text{ cm}' becomes '3/4  cm'."""
+    text = re.sub(TEXT + r"\{([^{}]*)\}", r" \1 ", _spell(text))
+    return re.sub(r"\\frac\{(\d+)\}\{(\d+)\}", r" \1/\2", text).strip()
+
+
+def _value_of(match):
+    """The value of a match of NUMBER: -7/2 of '-3 1/2', 1200000 of '1.2 million', None of '1/0'."""
+    if match["decimal"]:
+        value = Fraction(match["decimal"])
+    elif int(match["bottom"]):
+        value = int(match["whole"] or 0) + Fraction(int(match["top"]), int(match["bottom"]))
+    else:
+        return None
+    if match["sign"]:
+        value = -value
+    if match["magnitude"]:
+        value *= 10 ** MAGNITUDES[match["magnitude"].lower()]
+    return value
+
+
+def _number(text):
+    """The value of a text that is a number, with or without a unit, and nothing else; or None."""
+    if len(text) > MAX_ANSWER:
+        return None
+    text = _spell_number(text)
+    match = NUMBER.match(text)
+    return _value_of(match) if match and UNIT.fullmatch(text, match.end()) else None
+
+
+def _stated_number(text):
+    """The number that a marked answer states, or None.
+
+    1. The first clause counts: '18 because 9 * 2 = 18 and 3 + 4 = 7' states 18.
+    2. Of equations the last side counts: '16 - 3 - 4 = 9, 9 * 2 = 18' states 18, 'x = 5' states 5.
+    3. There the first number counts, and what follows it is a unit: '5 boxes of 12' states 5.
+    4. A formula is computed: '2^3' states 8.
+    5. Several numbers to choose from, as in '5 or 9' and '3, 4', state none.
+    """
+    clause = CLAUSE_END.split(_spell_number(text[:MAX_ANSWER]), maxsplit=1)[0]
+    if ALTERNATIVES.search(clause):
+        return None
+    opening = NUMBER.match(clause)
+    if opening and re.match(r"[^\d=+*/-]*(?:\d|$)", clause[opening.end() :]):
+        return _value_of(opening)  # an equation further behind is another clause
+    if len(text) > MAX_ANSWER:
+        return None
+    return _side_number(_stated_side(clause))
+
+
+def _side_number(text):
+    """The number that opens a text, else the value of a formula, else the number behind words."""
+    match = NUMBER.match(text)
+    if match is None:
+        value = _value(_normalise(text))
+        if value is not None:
+            return value
+        match = NUMBER_BEHIND_WORDS.match(text)
+    return _value_of(match) if match else None
+
+
+def _last_number(text):
+    """The number that a response without a marker states, in its last line that has a digit.
+
+    Bold type decides, then a last formula, a label ('Total: 18 eggs'), the last '='. Otherwise a
+    line that opens with a number states it, as its subject ('5 cars drove through in the first 15
+    minutes.' states 5), and any other line its last number ('In 3 weeks she makes $18.': 18).
+    """
+    lines = [line for line in text.split("\n") if re.search(r"\d", line)]
+    if not lines:
+        return None
+    line = lines[-1][-MAX_ANSWER:]
+    formulas = [formula[0] for formula in FORMULA.finditer(line)]
+    emphasised = BOLD.findall(line) or [text for text in formulas if not PROSE.search(text)]
+    if emphasised:
+        value = _stated_number(emphasised[-1])
+        if isinstance(value, Fraction):  # not the '$5 x $' of '$5 x $4'
+            return value
+    line = _spell_number(line.replace("**", ""))
+    label = LABEL.match(line)
+    if label:
+        return _stated_number(line[label.end() :])
+    line = LINE_START.sub("", line)
+    if ALTERNATIVES.search(line):
+        return None
+    if "=" in line or NUMBER.match(line) or not PROSE.search(line):
+        value = _side_number(_stated_side(line))
+        if value is not None:
+            return value
+    numbers = list(NUMBER.finditer(line))
+    return _value_of(numbers[-1]) if numbers else None
+
+
+# The second path: expressions
+
+STRUCTURE = [  # pattern, replacement: after SPELLING
+    (r"\\begin\{[a-z]matrix\}|[(\[]?\s*\\begin\{(?:matrix|array\}\s*\{[^{}]*)\}", "["),
+    (r"(?:;\s*)?(?:\\end\{[a-z]matrix\}|\\end\{(?:matrix|array)\}\s*[)\]]?)", "]"),
+    ("&", ","),
+    (r"\\cup(?![a-z])", "∪"),
+    (r"\\\{", "⦃"),
+    (r"\\\}", "⦄"),
+    (r"\\varnothing", r"\\emptyset"),
+    (r"\\mathbb\{?R\}?", r"(-\\infty,\\infty)"),
+    (r"\s*(?:" + TEXT + r"\{\s*)?\b([ap])\.?\s?m\b\.?\s*\}?$", r" \1m"),  # 5:30 p.m.
+    (r"\b(?:either|both)\s", ""),
+    (TEXT + r"\{[\s,]*(?:or|and)\s*\}|(?<=[\d\s])(?:or|and)\s", ","),
+    (r"(?<=[^=,(\s])\s*" + TEXT + r"\{[^{}]*\}(?:\^\{?\d\}?)?[\s.]*$", ""),  # 2\pi\text{ cm}^2
+    (TEXT + r"\{([^{}]*)\}", r" \1 "),
+    (r"(?<=[\d)}\]⦄])\s*(?:\s[a-zA-Z]{3,}|\sm\b|[cmk]m\b)[a-zA-Z\s./]*(?:\^\{?\d\}?)?$", ""),
+    (r"(?<=\d)[eE]([-+]?\d{1,3})\b", r"*10^{\1}"),
+    (r"(?<![\d.^])(\d+)\s*(\\frac\{\d+\}\s*\{\d+\})", r"(\1+\2)"),  # 3\frac{1}{2} is 3 + 1/2
+    (r"(?<![A-Za-z\\])(pi|sqrt)(?![A-Za-z])", r"\\\1 "),
+]
+DEPTH = {"(": 1, "[": 1, "{": 1, "⦃": 1, ")": -1, "]": -1, "}": -1, "⦄": -1}
+CLOSING = {"(": ")", "[": "]", "{": "}", "⦃": "⦄"}
+NAME = re.compile(r"\\?[a-z]+(?:\([a-z\d]\))?|\([a-z, ]+\)", re.IGNORECASE)
+INEQUALITY = re.compile(
+    r"(?<![^,∪])(?:([^<≤>≥=,∪]+)([<≤>≥]))?\s*[a-z]\s*(?:([<≤>≥])([^<≤>≥=,∪]+))?(?![^,∪])"
+)
+
+
+def _normalise(text):
+    r"""An answer in one spelling: r'\left(\dfrac12, x\text{ cm}\right)' is r'(\frac{1}{2}, x)'."""
+    text = _spell(text)
+    for pattern, new in STRUCTURE:
+        text = re.sub(pattern, new, text).strip().rstrip(".,:")
+    return INEQUALITY.sub(_interval, text.lower())
 
 
 def _interval(match):
     r"""'(2,5]' for '2 < x ≤ 5' or '5 ≥ x > 2', '(2,\infty)' for 'x > 2'; a lone 'x' stays."""
     low, left, right, high = match.groups(default="")
+    if not left and not right:
+        return match[0]
     if (left or right) in ">≥":
         low, left, right, high = high, right, left, low
-    opening, closing = "([(["["<≤>≥".find(left)], ")])]"["<≤>≥".find(right)]
-    return opening + (low or r"-\infty") + "," + (high or r"\infty") + closing if left or right else match[0]
+    opening = "[" if left in ("≤", "≥") else "("
+    closing = "]" if right in ("≤", "≥") else ")"
+    return opening + (low or r"-\infty") + "," + (high or r"\infty") + closing
 
 
 def _elements(text):
-    """(brackets, elements) of a list: ('(]', ['0', '1']); sets and bare lists have none, matrices a ';' a row."""
-    depths = list(accumulate((c in "([{⦃") - (c in ")]}⦄") for c in text))
-    # in (1,2)∪(3,4) the first bracket is not the last one's partner
-    paired = bool(re.fullmatch(r"(?s)[(\[⦃].*[)\]⦄]", text)) and min(depths[:-1]) > 0
-    cuts = [i for i, c in enumerate(text) if depths[i] == paired and c in ",;∪"]
-    parts = [text[i + 1 : j].strip() for i, j in pairwise([paired - 1, *cuts, len(text) - paired])]
-    parts = [part.replace("\\pm", s) for part in parts if part for s in ("+-" if "\\pm" in part else "+")]
-    brackets = text[0] + text[-1] if paired else ""
-    return brackets.replace("⦃⦄", "") + ";" * text.count(";") * paired, parts
+    r"""The kind and the elements of a list: '(0, 1]' is ('(]', ['0', '1']).
+
+    Sets and bare lists are of kind '', a matrix adds a ';' for each further row, and '1 \pm x' are
+    two elements.
+    """
+    depths = list(accumulate(DEPTH.get(char, 0) for char in text))
+    kind = ""
+    level = 0
+    if text[:1] in ("(", "[", "⦃") and depths[-1] == 0 and min(depths[:-1]) > 0:
+        kind = (text[0] + text[-1]).replace("⦃⦄", "") + ";" * text.count(";")
+        level = 1  # the first bracket is the last one's partner, unlike in (1,2)∪(3,4)
+    parts = [""]
+    for char, depth in zip(text, depths, strict=True):
+        if depth == level and char in ",;∪":
+            parts.append("")
+        else:
+            parts[-1] += char
+    if level:
+        parts[0] = parts[0][1:]
+        parts[-1] = parts[-1][:-1]
+    elements = []
+    for part in filter(str.strip, parts):
+        for sign in "+-" if "\\pm" in part else "+":
+            elements.append(part.replace("\\pm", sign).strip())
+    return kind, elements
 
 
-def _stated(text):
-    """What an equation states, 5: 'x = 5', '2 + 3 = 5', '5 = x'."""
-    kind, parts = _elements(text)
-    sides = text.split("=") if len(parts) == 1 and not kind else [text]
-    first, last = sides[0].strip(), sides[-1].strip()
-    if NAME.fullmatch(first):
-        return last
-    return text if last == "0" else first if NAME.fullmatch(last) else last  # the plane x + y + z = 0 is no 0
+def _stated_side(text):
+    """What an equation states: 5 in 'x = 5', '2 + 3 = 5' and '5 = x'; 'x + y = 0' states no 0."""
+    sides = [side.strip() for side in text.split("=")]
+    if NAME.fullmatch(sides[0]):
+        return sides[-1]
+    if sides[-1] == "0" and re.search("[a-z]", sides[0]):
+        return text
+    return sides[0] if NAME.fullmatch(sides[-1]) else sides[-1]
 
 
 def _same(a, b):
-    """Equality of normalised answers."""
-    if a.count("=") == b.count("=") == 1 and len(_elements(a)[1]) == len(_elements(b)[1]) == 1:
-        x, y = (_value(f"({text.replace('=', ')-(')})") for text in (a, b))
-        if x and y and complex(y):  # x + y = 1 is 2 - 2x = 2y: the differences of the sides have a simple ratio
-            ratio = complex(x) / complex(y)
-            simple = Fraction(ratio.real).limit_denominator(99) if 1e-3 < abs(ratio.real) < 1e3 else 0
+    """Whether two normalised answers are equal: as equations, by value, as lists or as text."""
+    if a == b:
+        return a != ""
+    same = _same_equation(a, b)
+    if same is not None:
+        return same
+    if len(_elements(a)[1]) == 1:
+        a = _stated_side(a)
+    if len(_elements(b)[1]) == 1:
+        b = _stated_side(b)
+    if ":" in a and ":" in b:  # 10:30 is not 5:15
+        return _same_time(a, b)
+    x = _value(a)
+    y = _value(b)
+    if x is not None or y is not None:
+        return _equal_values(x, y)
+    kind, elements = _elements(a)
+    other_kind, others = _elements(b)
+    if kind != other_kind or len(elements) != len(others):
+        return False
+    if len(elements) == 1:
+        return _same_text(elements[0], others[0])
+    return _same_elements(elements, others, ordered=kind != "")
+
+
+def _same_equation(a, b):
+    """Whether two equations say the same, or None if their sides must decide.
+
+    'x + y = 1' and '2 - 2x = 2y' do, since the differences of their sides have a simple ratio;
+    'x = 3' and 'y = 3' do not, but 'f(x) = 2x' and 'y = 2x' may.
+    """
+    if a.count("=") != 1 or b.count("=") != 1:
+        return None
+    x = _value("(" + a.replace("=", ")-(") + ")")
+    y = _value("(" + b.replace("=", ")-(") + ")")
+    if x and y and complex(y):
+        ratio = complex(x) / complex(y)
+        if 1e-3 < abs(ratio.real) < 1e3:
+            simple = Fraction(ratio.real).limit_denominator(99)
             if simple and cmath.isclose(ratio, simple):
                 return True
-        names = [text.split("=")[0].strip() for text in (a, b)]
-        if names[0] != names[1] and not (all(map(NAME.fullmatch, names)) and max(map(len, names)) > 2):
-            return False  # y = 2x and f(x) = 2x are one, AB = 2 and CD = 2 are not
-    a, b = _stated(a), _stated(b)
-    x, y = _value(a), _value(b)
-    if x is not None or y is not None:
-        exact = x is None or y is None or isinstance(x, Fraction) and isinstance(y, Fraction)
-        return x == y if exact else cmath.isclose(x, y, rel_tol=1e-9, abs_tol=1e-12)
-    (kind, left), (other, right) = _elements(a), _elements(b)
-    if kind != other or len(left) != len(right) or len(left) > 40:
+    names = [text.split("=")[0].strip() for text in (a, b)]
+    same_name = names[0].replace(" ", "") == names[1].replace(" ", "")
+    if same_name or max(map(len, names)) > 2 and all(map(NAME.fullmatch, names)):
+        return None
+    return False
+
+
+def _same_time(a, b):
+    """Whether two times of day or ratios are equal part by part; pm counts if both have it."""
+    if not (a.endswith("m") and b.endswith("m")):
+        a = re.sub(" [ap]m$", "", a)
+        b = re.sub(" [ap]m$", "", b)
+    return _same_elements(a.split(":"), b.split(":"), ordered=True)
+
+
+def _same_elements(left, right, ordered):
+    """Whether lists have equal elements, in this order or in any."""
+    if len(left) != len(right) or len(left) > 40:
         return False
-    if len(left) == 1:
-        a, b = (" ".join(re.findall(r"\d+|\\[a-z]+|[^\s*]", part)) for part in left + right)
-        a, b = (re.sub(r"[{(] (?:\( )?(\S+)(?: \))? [)}]", r"\1", part) for part in (a, b))  # \cot{(x)} is \cot x
-        return a == b != ""
-    for part in left:  # sets and bare lists in any order, all others in theirs
-        match = next((i for i, q in enumerate(right if not kind else right[:1]) if _same(part, q)), None)
+    right = list(right)
+    for element in left:
+        candidates = right[:1] if ordered else right
+        match = next((other for other in candidates if _same(element, other)), None)
         if match is None:
             return False
-        del right[match]
-    return bool(left)
+        right.remove(match)
+    return True
+
+
+def _same_text(a, b):
+    r"""Whether texts are equal but for spaces and single arguments: '\cot(x)' is '\cot x'."""
+    texts = []
+    for text in (a, b):
+        text = " ".join(re.findall(r"\d+|\\[a-z]+|[^\s*]", text))
+        texts.append(re.sub(r"[{(] (?:\( )?(\S+)(?: \))? [)}]", r"\1", text))
+    return texts[0] == texts[1] != ""
 
 
 def _value(text):
-    """A Fraction while exact, else a float or complex number; None if `text` is not plain arithmetic.
-    A letter stands for one fixed odd number, so that x + 1 equals 1 + x and nothing else by accident."""
-    tokens = [" ", *reversed(re.findall(r"\d+\.?\d*|\.\d+|\\[a-z]+|\S", text))]  # the next one last; " " ends them
-    if len(tokens) > 81 or re.search(r"(?<![\\a-z])[a-z]{4,}", text):
-        return None  # 80 tokens also bound the recursion; words such as 'even' are no products
+    """The value of arithmetic: a Fraction while exact, else a float or complex; None if it is none.
 
-    def read(strength, closing=None):
-        """An operand, then each operator that binds more tightly than `strength`, with what it binds (Pratt's way)."""
-        token = tokens.pop()
-        if token[0] in "0123456789.":
-            value = Fraction(token)
-        elif token in "+-":
-            value = -read(3) if token == "-" else read(3)
-        elif token in "([{⦃":
-            value = read(0, ")]}⦄"["([{⦃".index(token)])
-        elif token == "\\frac":
-            value = read(9) / read(9)
-        elif token == "\\sqrt":
-            index = tokens.pop() and read(0, "]") if tokens[-1] == "[" else Fraction(2)
-            value = _power(read(9), 1 / index)
-        elif re.fullmatch(r"[a-z]|\\(?:pi|infty|theta|alpha|beta|gamma|lambda|omega|phi)", token):
-            odd = sum(ord(c) * 7**i for i, c in enumerate(token))
-            value = {"i": 1j, "\\pi": cmath.pi}.get(token) or cmath.sqrt(odd) + 1j * cmath.log(odd)
-        else:
-            raise ValueError
-        while tokens[-1] not in ")]}⦄ ":
-            binds, apply = OPERATORS.get(tokens[-1], OPERATORS["*"])
-            if binds <= strength:
-                break
-            if tokens[-1] in OPERATORS:
-                tokens.pop()
-            elif tokens[-1][0] in "0123456789.":
-                raise ValueError  # '1 2' is neither 12 nor 2
-            value = apply(value, read(min(binds, 3)))
-        if closing and tokens.pop() != closing:
-            raise ValueError
-        return value
-
+    A letter stands for a fixed complex number, so that x + 1 equals 1 + x, and nothing else by
+    accident. It is near 1, so that no power drowns the other terms, and its real part is positive,
+    so that the root of x^2 is x.
+    """
+    tokens = re.findall(r"\d+\.?\d*|\.\d+|\\[a-z]+|\S", text)
+    if len(tokens) > 80 or re.search(r"(?<![\\a-z])[a-z]{4,}", text):
+        return None  # 80 tokens bound the recursion; words such as 'even' are no products
+    tokens = [" ", *reversed(tokens)]  # the next one last; " " ends them
     try:
-        value = read(0, " ")
+        value = _expression(tokens, 0, " ")
         return value if cmath.isfinite(value) else None
     except (ValueError, ArithmeticError, IndexError):
         return None
 
 
+def _expression(tokens, strength, closing=None):
+    """Reads an operand and the operators that bind more tightly than `strength` (Pratt parsing)."""
+    value = _operand(tokens)
+    while tokens[-1] not in ")]}⦄ ":
+        binds, apply = OPERATORS.get(tokens[-1], OPERATORS["*"])
+        if binds <= strength:
+            break
+        if tokens[-1] in OPERATORS:
+            tokens.pop()
+        elif tokens[-1][0] in "0123456789.":
+            raise ValueError("'1 2' is neither 12 nor 2")
+        value = apply(value, _expression(tokens, min(binds, 3)))
+    if closing and tokens.pop() != closing:
+        raise ValueError("a bracket is not closed")
+    return value
+
+
+def _operand(tokens):
+    """Reads a number, a variable, a bracket, a sign with its operand, a fraction or a root."""
+    token = tokens.pop()
+    if re.match(r"[\d.]", token):
+        return Fraction(token)
+    if token in "+-":
+        operand = _expression(tokens, 3)
+        return -operand if token == "-" else operand
+    if token in CLOSING:
+        return _expression(tokens, 0, CLOSING[token])
+    if token == "\\frac":
+        top = _expression(tokens, 9)
+        return top / _expression(tokens, 9)
+    if token == "\\sqrt":
+        index = Fraction(2)
+        if tokens[-1] == "[":
+            tokens.pop()
+            index = _expression(tokens, 0, "]")
+        return _power(_expression(tokens, 9), 1 / index)
+    if token in CONSTANTS:
+        return CONSTANTS[token]
+    if re.fullmatch(r"[a-z]|\\(?:infty|theta|alpha|beta|gamma|lambda|omega|phi)", token):
+        code = sum(ord(char) * 7**i for i, char in enumerate(token))
+        return cmath.rect(1 + code * 0.7549 % 0.3, code * 0.618 % 0.7)
+    raise ValueError(f"{token} is no operand")
+
+
 def _power(base, exponent):
     """Exact only while that is cheap: 9^{999999999} must not take minutes."""
-    size = max(abs(base.numerator), base.denominator).bit_length() if isinstance(base, Fraction) else 0
-    return (base if abs(exponent) * size <= 4096 else complex(base)) ** exponent
+    size = 0
+    if isinstance(base, Fraction):
+        size = max(abs(base.numerator), base.denominator).bit_length()
+    if abs(exponent) * size > 4096:
+        base = complex(base)
+    return base**exponent
 
 
-OPERATORS = {"+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.mul), "/": (2, operator.truediv),
-             ":": (2, operator.truediv), "^": (4, _power)}  # how tightly it binds (a sign: 3), and what it does
+CONSTANTS = {"i": 1j, "\\pi": cmath.pi}
+OPERATORS = {  # how tightly it binds (a sign: 3), and what it does
+    "+": (1, operator.add),
+    "-": (1, operator.sub),
+    "*": (2, operator.mul),
+    "/": (2, operator.truediv),
+    ":": (2, operator.truediv),
+    "^": (4, _power),
+}
 
 
-# --- Steps, distances, equations ---
+# --- Tokenizer -----------------------------------------------------------------------------------
 
-STEP_STARTS = {"lines": r"(?m)^[^\S\n]*\S", "arrows": r"(?s)\A.|(?<=>)."}
-
-
-def split_steps(ids, tokenizer, style="lines"):
-    """Token ids cut into steps; the steps joined are `ids` again. Styles: 'lines' (GSM8K: one that is not blank starts
-    a step), 'math' (MATH), 'arrows' (star graph: a '>' ends a step).
-    A token across a boundary stays with the earlier step, the end of text with the last one."""
-    ids = list(ids)
-    starts, text = _token_starts(ids[: len(ids) - (ids[-1:] == [tokenizer.eos_id])], tokenizer)
-    if style == "math":
-        bounds = list(accumulate(map(len, _math_steps(text))))[:-1]
-    else:
-        bounds = [m.start() for m in re.finditer(STEP_STARTS[style], text)][1:]  # the first step starts at 0
-    cuts = [bisect_left(starts, bound) for bound in bounds if bound <= starts[-1]]
-    return [ids[i:j] for i, j in pairwise([0, *cuts, len(ids)]) if i < j]
-
-
-def _token_starts(ids, tokenizer):
-    """The character at which each token starts, and the text. Decoding short windows keeps the time linear."""
-    starts, text, window, done = [], "", 0, 0
-    for i in range(len(ids)):
-        starts.append(len(text))  # all parts of one UTF-8 character start where it does
-        known, more = tokenizer.decode(ids[window:done]), tokenizer.decode(ids[window : i + 1])
-        if not more.endswith("\ufffd") or i - done > 4 or i + 1 == len(ids):
-            text += more[len(known) :]
-            window, done = done, i + 1
-    return starts, text
-
-
-def _math_steps(text):
-    """Sentences that end at a formula, none tiny, at most nine, and 'The answer is' on its own; see Self-Explore."""
-    last = text.rfind("The answer is")
-    body, answer = (text, "") if last < 0 else (text[:last], text[last:])
-    pieces = _merge(re.findall(r"(?s).+?(?:\n+|\.\$\s+|\$\.\s+|$)", body), 20)
-    pieces = _merge(pieces, 0.3 * len(body) / max(1, len(pieces)))
-    while len(pieces) + bool(answer) > 9:  # the shortest joins the one before it
-        i = max(1, pieces.index(min(pieces, key=len)))
-        pieces[i - 1 : i + 1] = [pieces[i - 1] + pieces[i]]
-    whole, pieces = (pieces, []) if len(pieces) + bool(answer) <= 3 else ([], pieces)
-    for piece in whole:  # too few: halve each near its middle
-        cuts = [m.start() for m in re.finditer(r"(?<=,\$)|(?=, which| so | = | and |Thus|=)", piece)]
-        _, cut = min([(abs(2 * cut - len(piece)), cut) for cut in cuts if 20 < cut < len(piece) - 20], default=(0, 0))
-        pieces += [piece[:cut], piece[cut:]]
-    return [piece for piece in [*pieces, answer] if piece]
-
-
-def _merge(pieces, limit):
-    """Joins each piece shorter than `limit` to the one before it, and the first to the next ones."""
-    merged = pieces[:1]
-    for piece in pieces[1:]:
-        if min(len(piece), len(merged[-1])) < limit:
-            merged[-1] += piece
-        else:
-            merged.append(piece)
-    return merged
-
-
-def edit_distance(a, b):
-    """Levenshtein distance of two sequences (token ids, strings), one row of the table at a time."""
-    b = np.array(list(b))
-    row = steps = np.arange(len(b) + 1)
-    for i, x in enumerate(a):
-        best = np.minimum(row[1:] + 1, row[:-1] + (b != x))  # delete x, or match it
-        row = np.minimum.accumulate(np.concatenate(([i + 1], best)) - steps) + steps  # insertions: +1 to the right
-    return int(row[-1])
-
-
-def equation_key(text):
-    """The equations of a solution, to tell rewordings from new solutions: 'He has 2 x 3 = $6.' is ('2*3=6',)."""
-    text = ANNOTATION.sub("", text).translate(SYMBOLS)
-    runs = (re.sub(r"[ ,$]", "", run).replace("x", "*").strip("*.") for run in re.findall(r"[-+*/()\d.,$%=x ]+", text))
-    runs = ((run, re.search(r"\d", run)) for run in runs)  # a digit, then =, then a digit: by parts, in linear time
-    return tuple(run for run, digit in runs if digit and re.search(r"\d", run[digit.start() :].partition("=")[2]))
+# What a model folder says about its tokenizer, here and to other programs.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+USUAL_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]")
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer folder. `eos_id` ends a solution; nothing is added or dropped behind your back."""
+    """The tokenizer of a Hugging Face folder. It adds nothing to a text and hides no token.
 
-    def __init__(self, tokenizer, eos_id, config=None):
-        self.tokenizer, self.eos_id, self.config = tokenizer, eos_id, config or {}
-        self.vocab_size = 1 + max(tokenizer.get_vocab().values(), default=-1)  # added tokens included; may have gaps
+    stop_ids: all tokens that end a text. eos_id: the one of them that training writes.
+    vocab_size: one more than the largest id, added tokens included.
+    files: {name: text} that save writes.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, eos_id: int, stop_ids=None, files=None):
+        self.tokenizer = tokenizer
+        self.eos_id = eos_id
+        self.stop_ids = stop_ids or [eos_id]
+        self.vocab_size = 1 + max(tokenizer.get_vocab().values(), default=-1)
+        config = dict(tokenizer_class="PreTrainedTokenizerFast")
+        config["eos_token"] = tokenizer.id_to_token(eos_id)
+        self.files = {"tokenizer_config.json": json.dumps(config, indent=2)}
+        self.files |= files or {"tokenizer.json": tokenizer.to_str(pretty=True)}
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """Reads tokenizer.json. The end of text is the first that names a token of: eos_token_id in config.json, in
-        generation_config.json, eos_token in tokenizer_config.json, then a usual name in the vocabulary."""
-        folder, configs = Path(folder), []
+    def from_pretrained(cls, folder) -> "Tokenizer":
+        """Read tokenizer.json and the small files beside it; a UserError if they are broken."""
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
         try:
-            path = folder / "tokenizer.json"
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
             tokenizer.no_padding()
             tokenizer.no_truncation()
-            for path in (folder / "config.json", folder / "generation_config.json", folder / "tokenizer_config.json"):
-                configs.append({} | json.loads(path.read_text("utf-8")) if path.exists() else {})
-        except BaseException as error:
-            raise _ours(error, path) from None
-        name = configs[2].get("eos_token")
-        names = [name.get("content") if isinstance(name, dict) else name, *USUAL_EOS]
-        found = [i[0] if isinstance(i, list) and i else i for i in (c.get("eos_token_id") for c in configs[:2])]
-        found += [tokenizer.token_to_id(name) for name in names if isinstance(name, str)]
-        eos_id = next((i for i in found if isinstance(i, int) and tokenizer.id_to_token(i) is not None), None)
-        if eos_id is None:
-            raise DataError(f"{folder / 'tokenizer_config.json'}:1: no end-of-text token; expected eos_token; add it")
-        return cls(tokenizer, eos_id, configs[2])
+            note_beginning_of_text(tokenizer)
+        except Exception as error:  # the library raises no other
+            raise UserError(f"{path}: {error}") from None
+        files = {}
+        for name in TOKENIZER_FILES:
+            if (folder / name).exists():
+                files[name] = (folder / name).read_text(encoding="utf-8")
+        eos_id, stop_ids = ends_of_text(tokenizer, folder)
+        return cls(tokenizer, eos_id, stop_ids, files)
 
+    @rank_zero_only
     def save(self, folder):
-        """Writes tokenizer.json and a tokenizer_config.json, which transformers reads too."""
+        """Write all files as they were read, so that this folder behaves as its source does."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "tokenizer.json").write_text(self.tokenizer.to_str(pretty=True), "utf-8")
-        config = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.config
-        config["eos_token"] = self.tokenizer.id_to_token(self.eos_id)
-        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), "utf-8")
+        for name, text in self.files.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         try:
             ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        except BaseException as error:
-            raise _ours(error) from None
-        if max(ids, default=0) >= self.vocab_size:
-            raise DataError(f"token {max(ids)} in {text!r:.60}, but the model has {self.vocab_size}; expected "
-                            "a tokenizer and weights of one model; restore them")  # fmt: skip
+        except Exception as error:  # a vocabulary without a token for unknown words
+            raise UserError(f"tokenizer.json: {error}, reading {text[:50]!r}") from None
+        largest = max(ids, default=0)
+        if largest >= self.vocab_size:  # which may have been set to the model's
+            raise UserError(f"token {largest} of the tokenizer is none of the model's tokens")
         return ids
 
-    def decode(self, ids, skip_special_tokens=False):
-        try:
-            return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        except BaseException as error:
-            raise _ours(error) from None
+    def decode(self, ids: list[int]) -> str:
+        """The text of the tokens, of ends of text too."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def token_starts(self, ids: list[int]) -> tuple[list[int], str]:
+        """The character at which each token starts, and the text.
+
+        A token's text is what it adds behind the ones before it, because many decoders drop the
+        space of a first token. A character of several tokens is waited for: all of them start where
+        it does. Only the last few tokens are decoded each time, so the time is linear.
+        """
+        starts = []
+        text = ""
+        window = 0
+        done = 0  # the text of the tokens before `done` is known
+        for i in range(len(ids)):
+            starts.append(len(text))
+            known = self.decode(ids[window:done])
+            longer = self.decode(ids[window : i + 1])
+            if not longer.endswith("\ufffd") or i - done > 4 or i + 1 == len(ids):
+                text += longer[len(known) :]
+                window = done
+                done = i + 1
+        return starts, text
+
+    def texts(self, parts: list[list[int]]) -> list[str]:
+        """The texts of consecutive parts, such as a prompt and a response, ends of text left out.
+
+        Joined, they are the text of the joined tokens: ["This", " implies"]. Decoded one by one the
+        second would lose its space with a SentencePiece tokenizer.
+        """
+        ids = []
+        edges = [0]
+        for part in parts:
+            ids += [i for i in part if i not in self.stop_ids]
+            edges.append(len(ids))
+        starts, text = self.token_starts(ids)
+        starts.append(len(text))
+        return [text[starts[i] : starts[j]] for i, j in pairwise(edges)]
 
 
-def _ours(error, path="tokenizer.json"):
-    """The error for a broken tokenizer: its library raises plain Exceptions, and panics, which are not even those."""
-    text = f"{path}:1: {error}; expected a fast tokenizer, JSON objects; restore the file"
-    return error if isinstance(error, KeyboardInterrupt) else DataError(" ".join(text.split()))
+def ends_of_text(tokenizer: tokenizers.Tokenizer, folder: Path) -> tuple[int, list[int]]:
+    """(eos_id, stop_ids) of a model folder.
+
+    The ends are all ids under eos_token_id in config.json and generation_config.json, each an id or
+    a list. Training writes eos_token of tokenizer_config.json if it is among them, else the first.
+    If none is named, eos_token or a usual name in the vocabulary is the only end.
+    """
+    own = read_json(folder / "tokenizer_config.json").get("eos_token")
+    if isinstance(own, dict):
+        own = own.get("content")
+    stop_ids = []
+    for name in ("config.json", "generation_config.json"):
+        named = read_json(folder / name).get("eos_token_id")
+        if not isinstance(named, list):
+            named = [named]
+        for i in named:
+            known = isinstance(i, int) and i >= 0 and tokenizer.id_to_token(i) is not None
+            if known and i not in stop_ids:
+                stop_ids.append(i)
+    usual = [tokenizer.token_to_id(name) for name in (own, *USUAL_ENDS) if isinstance(name, str)]
+    usual = [i for i in usual if i is not None]
+    if not stop_ids:
+        stop_ids = usual[:1]
+    if not stop_ids:
+        raise UserError(f"{folder}: no end of text; config.json should name its eos_token_id")
+    if isinstance(own, str) and tokenizer.token_to_id(own) in stop_ids:
+        return tokenizer.token_to_id(own), stop_ids
+    return stop_ids[0], stop_ids
 
 
-# --- The built-in tasks: word problems whose every step has a known truth, and the paper's star graph ---
+def note_beginning_of_text(tokenizer: tokenizers.Tokenizer):
+    """Say on stderr if this tokenizer begins each text with a token, which prompts here lack."""
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    ids = tokenizer.encode("a").ids
+    if ids and ids[:1] != plain[:1]:
+        token = tokenizer.id_to_token(ids[0])
+        prompt = repr(token + DEFAULT_PROMPT)
+        note(f"this tokenizer begins texts with {token}, prompts do so only by --prompt ${prompt}")
+
+
+# --- The built-in task: arithmetic in which the truth of every step is known ---------------------
 
 NAMES = "Mia Ben Ava Leo Zoe Max Eva Sam Ida Tom Amy Jon Lia Kai Uma Roy".split()
-THINGS = "shells coins pens stamps cards books beads eggs nuts caps keys rings toys maps bags cups".split()
-GAIN = "found bought got won earned received collected gained added made borrowed picked caught grew gathered inherited"
-LOSE = "lost sold gave used ate dropped donated lent broke spent traded mailed burned threw wasted returned"
-KEEP = ("saw counted wanted painted washed drew liked sorted cleaned named photographed admired hid"
-        " described weighed dusted")
-VERBS = {1: GAIN.split(), -1: LOSE.split(), 0: KEEP.split()}  # what each does to the total; rare ones stand last
-LARGEST, OPERANDS, ZIPF = 30, 9, 1.2
+THINGS = """shells coins pens stamps cards books beads eggs nuts caps keys rings toys maps bags
+    cups""".split()
+GAIN = """found bought got won earned received collected gained added made borrowed picked caught
+    grew gathered inherited""".split()
+LOSE = """lost sold gave used ate dropped donated lent broke spent traded mailed burned threw
+    wasted returned""".split()
+KEEP = """saw counted wanted painted washed drew liked sorted cleaned named photographed admired
+    hid described weighed dusted""".split()
+VERBS = {1: GAIN, -1: LOSE, 0: KEEP}  # what they do to the total; rare ones last
+LARGEST = 30  # no total is larger
+OPERANDS = 9  # the numbers of events are 1 .. 9
+ZIPF = 1.2
 SLIPS = 0.1  # share of the spurious steps that are slips in a sum
 
 
-def zipf(rng, items):
-    """One of `items`, the i-th with probability ~ i^-ZIPF: a heavy tail of rare skills, as in language."""
-    weights = _heavy_tail(len(items))  # rng.choices would take twice as long
+def zipf(rng: random.Random, items):
+    """One of `items`, the i-th with probability ~ i^-ZIPF: rare words, as in language."""
+    weights = heavy_tail(len(items))  # rng.choices would take twice as long
     return items[bisect_right(weights, rng.random() * weights[-1], 0, len(items) - 1)]
 
 
 @cache
-def _heavy_tail(n):
+def heavy_tail(n: int) -> list[float]:
     return list(accumulate(i**-ZIPF for i in range(1, n + 1)))
 
 
-def _split_of(question):
-    """Each question belongs to one split for ever, whatever the seed: by its checksum."""
+def split_of(question: str) -> str:
+    """train, val or test: a question belongs to one of them whatever the seed, by its checksum."""
     return {8: "val", 9: "test"}.get(zlib.crc32(question.encode()) % 10, "train")
 
 
-def arithmetic_problem(rng, split, steps, distractors):
-    """'Mia had 5 cups, found 7, saw 4, lost 2. How many now?': `steps` numbers count, in any order, others do not."""
+def arithmetic_problem(rng, split: str, steps: int, distractors: int) -> Problem:
+    """'Mia had 5 cups, found 7, saw 4, lost 2. How many now?': `steps` of the events change the
+    total, and can be added in any order; `distractors` do not. `solution` is left empty."""
     for _ in range(100_000):  # some hundred are usual: numbers repeat
         start = rng.randint(0, LARGEST)
         signs = [rng.choice((-1, 1)) for _ in range(steps)] + [0] * distractors
         events = [(sign, zipf(rng, range(1, OPERANDS + 1))) for sign in signs]
-        low, high = (start + sum(s * n for s, n in events if s == sign) for sign in (-1, 1))
-        if low < 0 or high > LARGEST or len({n for _, n in events}) < len(events):
-            continue  # every order of the steps must stay in range, and a number must name its event
+        lowest = start - sum(n for sign, n in events if sign < 0)
+        highest = start + sum(n for sign, n in events if sign > 0)
+        if lowest < 0 or highest > LARGEST:
+            continue  # every order of the steps must stay in range
+        if len({n for _, n in events}) < len(events):
+            continue  # a number must name its event
         rng.shuffle(events)
-        told = ", ".join(f"{zipf(rng, VERBS[s])} {n}" for s, n in events)
+        told = ", ".join(f"{zipf(rng, VERBS[sign])} {n}" for sign, n in events)
         thing = zipf(rng, THINGS)
         question = f"{zipf(rng, NAMES)} had {start} {thing}, {told}. How many now?"
-        if _split_of(question) == split:
-            total = start + sum(s * n for s, n in events)
+        if split_of(question) == split:
+            total = start + sum(sign * n for sign, n in events)
             return Problem("", question, "", str(total), meta=dict(start=start, events=events))
-    raise DataError(f"{split} problems of {steps} steps and {distractors} distractors were not found; expected numbers "
-                    f"up to {OPERANDS}, all different, and totals up to {LARGEST}; ask for fewer")  # fmt: skip
+    raise UserError(f"no {split} problem has {steps} steps and {distractors} distractors")
 
 
-def arithmetic_teacher(rng, problem, spurious):
-    """A solution by the simulated teacher: the steps in random order, and before each, with probability `spurious`,
-    one beside the point: a distractor added or taken away, or (now and then) a slip in the sum; both then ignored."""
-    total, events, lines = problem.meta["start"], [e for e in problem.meta["events"] if e[0]], []
-    idle = [n for sign, n in problem.meta["events"] if not sign]
+def arithmetic_teacher(rng, problem: Problem, spurious: float) -> str:
+    """A right solution by the simulated teacher: the events in random order.
+
+    Before each step, with probability `spurious`, stands one beside the point: a distractor is
+    added or taken away, or now and then the sum is wrong. The steps after it ignore it.
+    """
+    total = problem.meta["start"]
+    events = [event for event in problem.meta["events"] if event[0]]
+    distractors = [n for sign, n in problem.meta["events"] if not sign]
+    lines = []
     for sign, n in rng.sample(events, len(events)):
+        after = total + sign * n
         if rng.random() < spurious:
-            s = rng.choice((-1, 1))
-            if idle and rng.random() >= SLIPS:
-                m = rng.choice(idle)
-                s = s if 0 <= total + s * m <= LARGEST else -s
-                lines.append((total, s, m, total + s * m))
-            else:
-                near = [total + sign * n + d for d in (-3, -2, -1, 1, 2, 3)]
-                lines.append((total, sign, n, rng.choice([c for c in near if 0 <= c <= LARGEST])))
-        lines.append((total, sign, n, total + sign * n))
-        total += sign * n
-    return "".join(f"{a} {'+' if s > 0 else '-'} {n} = {c}\n" for a, s, n, c in lines) + f"#### {total}"
+            lines.append(spurious_step(rng, total, sign, n, distractors))
+        lines.append(step_text(total, sign, n, after))
+        total = after
+    return "\n".join([*lines, f"#### {total}"])
 
 
-def judge_steps(problem, text):
-    """The truth of each line of a solution to a built-in arithmetic problem: 'good', 'irrelevant' (a distractor is
-    used), 'slip' (wrong sum), 'wrong' (an event used twice or with the wrong sign, a wrong total, no step at all)."""
-    total, left, labels = problem.meta["start"], [tuple(e) for e in problem.meta["events"] if e[0]], []
-    idle = [n for s, n in problem.meta["events"] if not s]
-    for line in text.split("\n"):
+def spurious_step(rng, total: int, sign: int, n: int, distractors: list[int]) -> str:
+    """A step that the solution does not need: of a distractor, or a wrong sum of this event."""
+    other = rng.choice((-1, 1))
+    if distractors and rng.random() >= SLIPS:
+        m = rng.choice(distractors)
+        if not 0 <= total + other * m <= LARGEST:
+            other = -other
+        return step_text(total, other, m, total + other * m)
+    near = [total + sign * n + error for error in (-3, -2, -1, 1, 2, 3)]
+    near = [value for value in near if 0 <= value <= LARGEST]
+    return step_text(total, sign, n, rng.choice(near))
+
+
+def step_text(total: int, sign: int, n: int, result: int) -> str:
+    symbol = "+" if sign > 0 else "-"
+    return f"{total} {symbol} {n} = {result}"
+
+
+def judge_steps(problem: Problem, text: str) -> list[str]:
+    """The truth of each step (of split_steps) of a solution to a problem of the built-in task:
+
+    good        an event, or the final answer
+    irrelevant  a distractor is added or taken away
+    slip        the sum is wrong
+    wrong       an event twice, with the wrong sign or from a wrong total; a wrong answer; no step
+    """
+    total = problem.meta["start"]
+    left = [tuple(event) for event in problem.meta["events"] if event[0]]
+    distractors = [n for sign, n in problem.meta["events"] if not sign]
+    edges = [*step_letters(text, "lines"), len(text)]
+    labels = []
+    for start, end in pairwise(edges):
+        line = text[start:end].strip()
         step = re.fullmatch(r"(\d+) ([+-]) (\d+) = (\d+)", line)
-        label = "good" if line == f"#### {problem.answer}" else "wrong"
-        if step:
-            a, s, n, c = int(step[1]), int(step[2] + "1"), int(step[3]), int(step[4])
-            if a + s * n != c:
-                label = "slip"
-            elif n in idle:
-                label = "irrelevant"
-            elif a == total and (s, n) in left:
-                left.remove((s, n))
-                total, label = c, "good"
+        if not step:
+            labels.append("good" if line == f"#### {problem.answer}" else "wrong")
+            continue
+        before = int(step[1])
+        sign = 1 if step[2] == "+" else -1
+        n = int(step[3])
+        after = int(step[4])
+        if before + sign * n != after:
+            label = "slip"
+        elif n in distractors:
+            label = "irrelevant"
+        elif before == total and (sign, n) in left:
+            label = "good"
+            left.remove((sign, n))
+            total = after
+        else:
+            label = "wrong"
         labels.append(label)
     return labels
 
 
-def star_problem(rng, split, degree=2, path=4, labels=21):
-    """The paper's star graph (5.3): `degree` arms of `path` nodes from one centre, their edges shuffled. Which way to
-    the goal? '8>3|3>10|14>13|10>1|17>14|8>17/8>13=' and '8>17>14>13': the second node is the only decision."""
-    while True:
-        centre, *nodes = rng.sample(range(labels), 1 + degree * (path - 1))
-        arms = [[centre, *nodes[i * (path - 1) : (i + 1) * (path - 1)]] for i in range(degree)]
-        edges = [f"{a}>{b}" for arm in arms for a, b in pairwise(arm)]
-        rng.shuffle(edges)
-        arm = rng.choice(arms)
-        question, answer = f"{'|'.join(edges)}/{centre}>{arm[-1]}=", ">".join(map(str, arm))
-        if _split_of(question) == split:
-            return Problem("", question, answer, answer, style="arrows")
-
-
 def load_problems(data, split="train", limit=0, seed=0, spurious=0.2, steps=4, distractors=2):
-    """Problems of a built-in task ('arithmetic', 'star': made from the seed) or of a JSONL file (limit 0: all)."""
-    if data not in ("arithmetic", "star"):
+    """`limit` problems of a JSONL file (0: all), or of the built-in task ("arithmetic")."""
+    if data != "arithmetic":
         return read_problems(data, limit or None)
     if split not in ("train", "val", "test"):
-        raise DataError(f"split {split!r}; expected train, val or test; choose one")
+        raise UserError(f"unknown split {split!r}, known are train, val and test")
+    if limit < 1:
+        raise UserError("--limit 0: the built-in task has no end, so it needs a number of problems")
     problems = []
-    for i in range(limit):  # each problem has a stream of its own: a longer list begins with the shorter one
-        rng = random.Random(f"{seed} {split} {i}")
-        problem = star_problem(rng, split) if data == "star" else arithmetic_problem(rng, split, steps, distractors)
-        problem.solution = problem.solution or arithmetic_teacher(rng, problem, spurious)
+    for i in range(limit):
+        rng = random.Random(f"{seed} {split} {i}")  # so a longer list begins with the shorter one
+        problem = arithmetic_problem(rng, split, steps, distractors)
+        problem.solution = arithmetic_teacher(rng, problem, spurious)
         problem.id = f"{split}-{seed}-{i}"
         problems.append(problem)
     return problems
-
-
-def builtin_tokenizer():
-    """A token for each word, number and sign of the built-in tasks: 'had 5 cups' is three tokens."""
-    signs = "+ - = #### , . ? | / > had How many now".split()
-    words = ["<eos>", "\n", *signs, *NAMES, *THINGS, *sum(VERBS.values(), []), *map(str, range(LARGEST + 1))]
-    tokenizer = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<eos>"))
-    tokenizer.add_special_tokens(["<eos>"])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split(Regex(r"[\n,.?|/=>]"), "isolated")])
-    tokenizer.decoder = decoders.Sequence([
-        decoders.WordPiece(prefix="@@"), decoders.Fuse(), decoders.Replace(Regex(r" ?\n ?"), "\n")])
-    return Tokenizer(tokenizer, 0)

@@ -1,281 +1,401 @@
-r"""Evaluation: how often a policy is right, how sure that is, and where in a solution it goes wrong.
+r"""Evaluation: how often a policy is right, how sure that is, and where a solution goes wrong.
 
-The one idea: a number without its spread is not a result. So each accuracy comes with a 95% interval, and two
-policies are compared on the same problems, problem by problem, not by two intervals laid side by side.
+A number without its spread is not a result. So each accuracy comes with a 95% interval, and two
+policies are compared problem by problem on the same problems, not by two intervals side by side.
 
     python evaluate.py --model runs/x/neg --data problems.jsonl
-    python evaluate.py --model runs/x/neg --baseline runs/x/sft --data arithmetic      # a paired comparison
-    python evaluate.py --model runs/x/neg --data arithmetic --values 16                # average Q by step (Fig. 7)
-    python evaluate.py --model runs/x/neg --baseline runs/x/pos --explain 3            # one problem, step by step
+    python evaluate.py --model runs/x/neg --baseline runs/x/sft        # a paired comparison
+    python evaluate.py --model runs/x/neg --rollouts 16                # average Q by step (Fig. 7)
+    python evaluate.py --model runs/x/neg --baseline runs/x/pos --explain 3   # one problem's steps
+    python evaluate.py --plot runs/x                                   # curves and accuracies
 
-    accuracy   greedy, one sample a problem; Wilson's 95% interval
-    pass@k     1 - C(n-c, k) / C(n, k) for c right of n samples: unbiased (Chen et al. 2021)
-    maj@k      the most frequent of the first k answers is right; the earliest wins a tie
-    p          McNemar's exact test: of the problems that just one of the two gets right, how uneven is the split
+    accuracy   greedy, one sample a problem, with Wilson's 95% interval
+    pass@k     1 - C(n-c, k) / C(n, k) for c correct of n samples: unbiased (Chen et al. 2021)
+    maj@k      the most frequent answer of the first k is correct; the earliest wins a tie
+    p          McNemar's exact test on the problems that just one of two policies gets right
 """
 
 import csv
 import math
-import os
 import re
 import sys
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import DEFAULT_PROMPT, answers_equal, extract_answer, judge_steps, load_problems
-from rollout import UsageError, best_of, claim, entry, estimate_values, first_only, flag, gather, load_policy
-from rollout import make_pairs, parse, read_rows, sample, to_value, write_json
+from data import UserError, answers_equal, apply_presets, claim_folder, content_hash
+from data import extract_answer, flag, folder_hash, judge_steps, load_problems, parse_flags
+from data import read_json, read_rows, write_json
+from rollout import PolicyFlags, best_of, first_pits, load_policy, make_pairs, pair_row
+from rollout import run_program, sample, solutions_to_value
+
+# ---------------------------------------------------------------- statistics
 
 
-def wilson(right, n, z=1.96):
-    """95% interval of a share: (low, high). Honest also near 0 and 1, where the usual one is not."""
+def wilson(correct, n, z=1.96):
+    """95% interval (low, high) of the share correct / n; also valid near 0 and 1."""
     if n == 0:
         return 0.0, 1.0
-    p, d = right / n, 1 + z * z / n
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
-    return max(0.0, (p + z * z / (2 * n)) / d - half), min(1.0, (p + z * z / (2 * n)) / d + half)
+    share = correct / n
+    scale = 1 + z * z / n
+    centre = (share + z * z / (2 * n)) / scale
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / scale
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def pass_at_k(n, c, k):
-    """The chance that k of n samples, c of them right, hold a right one; unbiased for n >= k."""
+    """The chance that k of n samples, c of which are correct, hold a correct one."""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def majority_right(texts, corrects, k):
-    """Whether the answer given most often among the first k is right. texts, corrects: per sample."""
-    groups = []  # [answer, votes, right]; equal answers may be written differently
-    for text, correct in zip(texts[:k], corrects[:k], strict=True):
-        answer = extract_answer(text)
-        group = next((g for g in groups if answer and g[0] and answers_equal(g[0], answer)), None)
-        if group is None:
-            groups.append([answer, 1, correct])
+def majority_correct(samples, k):
+    """Whether the most frequent answer of the first k samples is correct."""
+    groups = []  # [answer, votes, correct]; one answer may be written in several ways
+    for s in samples[:k]:
+        answer = extract_answer(s["text"])
+        for group in groups:
+            if answer and group[0] and answers_equal(group[0], answer):
+                group[1] += 1
+                break
         else:
-            group[1] += 1
-    return bool(groups) and max(groups, key=lambda g: (bool(g[0]), g[1]))[2]
+            groups.append([answer, 1, s["correct"]])
+    answered = [group for group in groups if group[0]]
+    return bool(answered) and max(answered, key=lambda group: group[1])[2]
 
 
 def mcnemar(a, b):
-    """Two-sided exact p that policies a and b are equally good, from their verdicts on the same problems."""
-    only_a = sum(bool(x and not y) for x, y in zip(a, b, strict=True))  # bool: numpy's small integers would overflow
-    only_b = sum(bool(y and not x) for x, y in zip(a, b, strict=True))
-    n, low = only_a + only_b, min(only_a, only_b)
-    tail = sum(math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2))
-               for i in range(low + 1))  # fmt: skip
+    """Two-sided exact p that two policies are equally good, from their verdicts on the same
+    problems: under the null the problems that only one gets right split like coin tosses."""
+    only_a = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
+    only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
+    n = only_a + only_b
+    tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1)) / 2**n
     return min(1.0, 2 * tail)
 
 
 def compare(a, b, seed=0, resamples=2000):
-    """Paired comparison of verdicts: accuracy of b minus a, its 95% bootstrap interval over problems, McNemar's p."""
+    """Accuracy of b minus that of a on the same problems, its 95% bootstrap interval over problems,
+    and McNemar's p."""
     difference = np.asarray(b, float) - np.asarray(a, float)
-    draws = np.random.default_rng(seed).choice(difference, (resamples, len(difference))).mean(1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return dict(difference=float(difference.mean()), low=float(low), high=float(high), p=mcnemar(a, b))
+    rng = np.random.default_rng(seed)
+    means = rng.choice(difference, (resamples, len(difference))).mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return dict(
+        difference=float(difference.mean()), low=float(low), high=float(high), p=mcnemar(a, b)
+    )
 
 
-def evaluate(policy, problems, folder, *, max_new_tokens, samples=0, temperature=0.7, ks=(1, 5), seed=0):
-    """Greedy accuracy, and with `samples` > 0 pass@k and maj@k, of a policy. Raw responses go to `folder`; a second
-    call on the same folder goes on where the first one stopped. Returns a dict for results.json."""
+# ---------------------------------------------------------------- accuracy
+
+
+def evaluate(policy, problems, folder, samples=0, ks=(1, 5)):
+    """Accuracy of a policy as a dict for results.json; with samples > 0 also pass@k and maj@k.
+
+    The raw responses go to `folder`; a second call on the same folder takes them from there.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = sample(policy, problems, folder / "greedy.jsonl", n=1, max_new_tokens=max_new_tokens, temperature=0,
-                  seed=seed)  # fmt: skip
-    greedy = [rows[p.id]["samples"][0] for p in problems]
-    right = [s["correct"] for s in greedy]
-    result = dict(problems=len(problems), accuracy=float(np.mean(right)), interval=wilson(sum(right), len(right)),
-                  ended=float(np.mean([s["ended"] for s in greedy])),
-                  tokens=float(np.mean([len(s["ids"]) for s in greedy])), correct=right)  # fmt: skip
-    labels = [judge_steps(p, s["text"]) for p, s in zip(problems, greedy, strict=True) if p.meta]
-    if labels:  # only the built-in task knows the truth of a step
-        result["spurious"] = float(np.mean([sum(x in ("irrelevant", "slip") for x in row) for row in labels]))
+    rows = sample(policy, problems, folder / "greedy.jsonl", n=1, temperature=0)
+    greedy = [rows[problem.id]["samples"][0] for problem in problems]
+    correct = [s["correct"] for s in greedy]
+    result = dict(
+        problems=len(problems),
+        accuracy=float(np.mean(correct)),
+        interval=wilson(sum(correct), len(correct)),
+        ended=float(np.mean([s["ended"] for s in greedy])),
+        tokens=float(np.mean([len(s["ids"]) for s in greedy])),
+        correct=correct,
+    )
+    if all(problem.meta for problem in problems):  # the built-in task, whose steps can be judged
+        texts = zip(problems, greedy, strict=True)
+        result["spurious"] = float(np.mean([count_spurious(p, s["text"]) for p, s in texts]))
     if samples:
-        rows = sample(policy, problems, folder / "samples.jsonl", n=samples, max_new_tokens=max_new_tokens,
-                      temperature=temperature, seed=seed)  # fmt: skip
-        drawn = [rows[p.id]["samples"] for p in problems]
-        verdicts = [[s["correct"] for s in row] for row in drawn]
-        for k in (k for k in ks if k <= samples):
-            result[f"pass@{k}"] = float(np.mean([pass_at_k(samples, sum(v), k) for v in verdicts]))
-            texts = [[s["text"] for s in row] for row in drawn]
-            result[f"maj@{k}"] = float(np.mean([majority_right(t, v, k) for t, v in zip(texts, verdicts, strict=True)]))
+        rows = sample(policy, problems, folder / "samples.jsonl", samples)
+        result |= at_k([rows[problem.id]["samples"] for problem in problems], ks)
     return result
 
 
+def at_k(samples, ks):
+    """{pass@k and maj@k: mean over problems}; samples: a list for each problem."""
+    result = {}
+    n = len(samples[0])
+    for k in ks:
+        if k <= n:
+            counts = [sum(s["correct"] for s in row) for row in samples]
+            result[f"pass@{k}"] = float(np.mean([pass_at_k(n, c, k) for c in counts]))
+            result[f"maj@{k}"] = float(np.mean([majority_correct(row, k) for row in samples]))
+    return result
+
+
+def count_spurious(problem, text):
+    """How many steps of a solution of the built-in task use a distractor or a wrong sum."""
+    return sum(label in ("irrelevant", "slip") for label in judge_steps(problem, text))
+
+
 def table(results):
-    """The results of several policies {name: result} as text; the first is the one the others are compared with."""
-    first = next(iter(results.values()))
-    columns = [k for k in first if "@" in k] + (["spurious"] if "spurious" in first else [])
-    head = f"{'':9}{'greedy':>8}  {'95% interval':15}" + "".join(f"{c:>10}" for c in columns)
-    lines = [head + (f"   {'against ' + next(iter(results))}" if len(results) > 1 else "")]
-    for name, r in results.items():
-        line = f"{name:9}{r['accuracy']:8.1%}  {r['interval'][0]:6.1%} - {r['interval'][1]:<6.1%}"
-        line += "".join(f"{r[c]:>10.1%}" if "@" in c else f"{r[c]:>10.2f}" for c in columns)
-        if r is not first:
-            c = compare(first["correct"], r["correct"])
-            line += f"   {c['difference']:+.1%} [{c['low']:+.1%}, {c['high']:+.1%}], p = {c['p']:.2g}"
+    """The results {name: result} of several policies as text. All are compared with the first."""
+    names = list(results)
+    first = results[names[0]]
+    columns = [key for key in first if "@" in key or key == "spurious"]
+    head = f"{'':9}{'greedy':>8}  {'95% interval':15}"
+    head += "".join(f"{column:>10}" for column in columns)
+    if len(names) > 1:
+        head += f"   against {names[0]}"
+    lines = [head]
+    for name, result in results.items():
+        low, high = result["interval"]
+        line = f"{name:9}{result['accuracy']:8.1%}  {low:6.1%} - {high:<6.1%}"
+        for column in columns:
+            form = ".2f" if column == "spurious" else ".1%"
+            line += f"{result[column]:>10{form}}"
+        if result is not first:
+            paired = compare(first["correct"], result["correct"])
+            interval = f"[{paired['low']:+.1%}, {paired['high']:+.1%}]"
+            line += f"   {paired['difference']:+.1%} {interval}, p = {paired['p']:.2g}"
         lines.append(line)
     return "\n".join(lines)
 
 
-def q_by_step(policy, problems, solutions, folder, *, k, max_new_tokens, temperature, seed):
-    """Average Q of the first, second, ... step of solutions (as of `to_value`) under `policy` (Fig. 7), for one rollout
-    and for the best of 5, which is the paper's rollout policy."""
-    by_id, path = {p.id: p for p in problems}, Path(folder) / "values.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = estimate_values(policy, by_id, solutions, path, k=k, scan="full", max_new_tokens=max_new_tokens,
-                           temperature=temperature, seed=seed)  # fmt: skip
-    longest = max((len(row["values"]) for row in rows.values()), default=1)
-    at = [[row["values"][t] for row in rows.values() if t < len(row["values"])] for t in range(1, longest)]
-    return [dict(step=t, q=float(np.mean(qs)), best_of_5=float(np.mean([best_of(q, 5) for q in qs])), solutions=len(qs))
-            for t, qs in enumerate(at, 1)]  # fmt: skip
+# ---------------------------------------------------------------- values of steps
 
 
-def pit_report(problems, values, k):
-    """What the pits found are worth: on the built-in task against the truth, elsewhere by the chance of a false one.
+def pit_report(problems, solutions, k):
+    """How reliable are the detected pits? One line.
 
-    A step from which a share q of all rollouts would succeed looks like a pit with chance (1 - q)^k; q is taken from
-    the step before the pit, as if the pit had done no harm: an upper bound of what chance alone explains (not where the
-    scan was `sequential`, whose Q above 0 is too high)."""
-    wrong = [row for row in values.values() if not row["correct"]]
-    text = f"{len(wrong)} wrong solutions valued"
-    truth = [(row["pit"], judge_steps(problems[row["id"]], row["text"])) for row in wrong if problems[row["id"]].meta]
-    if truth:
-        bad = [labels[pit - 1] != "good" for pit, labels in truth]
-        first = [next((i for i, x in enumerate(labels, 1) if x != "good"), 0) == pit for pit, labels in truth]
-        return f"{text}; pits that are bad steps: {np.mean(bad):.1%}, that are the first bad step: {np.mean(first):.1%}"
-    before = [row["values"][row["pit"] - 1] for row in wrong]
+    On the built-in task they are compared with the truth. Elsewhere: with success rate q, k
+    failures in a row happen by chance with probability (1 - q)^k. We take q from the step before
+    the pit, as if the pit had done no harm, so this bounds what chance alone explains.
+    """
+    wrong = [s for s in solutions if not s.correct]
+    line = f"{len(wrong)} wrong solutions valued"
+    if not wrong:
+        return line
+    if all(problems[s.id].meta for s in wrong):
+        bad = []
+        first_bad = []
+        for s in wrong:
+            labels = judge_steps(problems[s.id], s.text)
+            wrong_steps = [i for i, label in enumerate(labels, 1) if label != "good"]
+            bad.append(s.first_pit in wrong_steps)
+            first_bad.append(wrong_steps[:1] == [s.first_pit])
+        line += f"; of the first pits {np.mean(bad):.1%} are bad steps"
+        return f"{line}, {np.mean(first_bad):.1%} the first bad step"
+    before = [[s.value, *s.q_values][s.first_pit - 1] for s in wrong]
     false = [(1 - q) ** k for q in before if q is not None]
-    return f"{text}; a pit is false with chance {np.mean(false):.1%} at most" if false else text
+    return f"{line}; a first pit is false with probability {np.mean(false):.1%} at most"
+
+
+def q_by_step(solutions):
+    """Average Q of the first, second, ... step (Fig. 7), of one continuation and of the best of 5,
+    which is the paper's rollout policy. All steps must be valued."""
+    longest = max((len(s.q_values) for s in solutions), default=0)
+    rows = []
+    for i in range(longest):
+        q_values = [s.q_values[i] for s in solutions if len(s.q_values) > i]
+        best = [best_of(q, 5) for q in q_values]
+        rows.append(
+            dict(step=i + 1, q=np.mean(q_values), best_of_5=np.mean(best), solutions=len(best))
+        )
+    return rows
 
 
 @torch.no_grad()
 def probability(policy, prompt, response):
     """pi(response | prompt) of two lists of token ids."""
-    logits = policy.model(torch.tensor([prompt + response], device=next(policy.model.parameters()).device))
-    steps = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-    return math.exp(sum(steps[range(len(response)), response].tolist()))
+    ids = torch.tensor([prompt + response], device=policy.model.norm.weight.device)
+    logps = policy.model(ids)[0, len(prompt) - 1 : -1].float().log_softmax(-1)  # (R, V)
+    response = torch.tensor(response, device=ids.device)
+    return logps.gather(1, response[:, None]).sum().exp().item()
 
 
-def explain(problem, before, after, folder, *, k, samples, max_new_tokens, temperature, seed, colour=False):
-    """One problem as text for a lecture: a wrong solution of the policy `before`, the Q of each step, the first pit,
-    the pair made from it, and how likely both its sides are under `before` and `after` (a policy, or None)."""
-    paint = lambda text, code: f"\033[{code}m{text}\033[0m" if colour else text  # noqa: E731
-    by_id, drawing = {problem.id: problem}, dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    path = Path(folder) / f"explain-{re.sub('[^a-zA-Z0-9]', '-', problem.id)}"
-    path.mkdir(parents=True, exist_ok=True)
-    rows = sample(before, [problem], path / "rollouts.jsonl", n=samples, **drawing)
-    right = sum(s["correct"] for s in rows[problem.id]["samples"])
-    lines = [paint(problem.question.strip(), 1), f"answer {problem.answer}; {right} of {samples} samples are right"]
-    values = estimate_values(before, by_id, to_value([problem], rows, 1, 0), path / "values.jsonl", k=k, scan="full",
-                             **drawing)  # fmt: skip
-    if not values:
-        return "\n".join([*lines, "no wrong solution that ended; take another problem or raise --samples"])
-    row = next(iter(values.values()))
-    labels = judge_steps(problem, row["text"]) if problem.meta else []
-    lines += ["", f"a wrong solution, Q of each step from {k} rollouts; before the first step Q is V(x):",
-              f"{'':34}Q {row['values'][0]:.2f} {'=' * round(20 * row['values'][0])}"]  # fmt: skip
-    for t, (start, end) in enumerate(pairwise([0, *row["ends"]]), 1):
-        text, q, pit = before.text(row["ids"][start:end]).strip(), row["values"][t], t == row["pit"]
-        line = f"{t:3} {text:30.200}Q {q:.2f} {'=' * round(20 * q)}"
-        line += f"  <- the first pit{f' ({labels[t - 1]})' if t <= len(labels) else ''}" if pit else ""
-        lines.append(paint(line, "31;1" if pit else "32" if q > 0 else "2"))
-    pairs = make_pairs("continuation", before, by_id, rows, values)
+# ---------------------------------------------------------------- one problem, for a lecture
+
+
+def explain(problem, before, after, folder, *, k, samples, colour=False):
+    """One problem as text: a wrong solution of the policy `before`, the Q of its steps, its first
+    pit, the pair made there, and how probable both sides are before and after training.
+
+    after: a second policy or None. The samples and values go to `folder`.
+    """
+    by_id = {problem.id: problem}
+    folder = Path(folder) / f"explain-{re.sub('[^a-zA-Z0-9]', '-', problem.id)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = sample(before, [problem], folder / "rollouts.jsonl", samples)
+    correct = sum(s["correct"] for s in rows[problem.id]["samples"])
+    lines = [
+        problem.question.strip(),
+        f"answer {problem.answer}; {correct} of {samples} samples are correct",
+    ]
+    wrong = solutions_to_value(before, [problem], rows, wrong=1)
+    first_pits(before, by_id, wrong, folder / "values.jsonl", k=k, scan="full")
+    if not wrong:
+        lines.append("no wrong solution that ended: take another problem or more --samples")
+        return "\n".join(lines)
+    lines += explain_steps(problem, before, wrong[0], k, colour)
+    pairs = make_pairs("continuation", before, by_id, rows, wrong)
     if not pairs:
-        return "\n".join([*lines, "", "no pair: no right way to go on was found before the pit; raise --values"])
-    lines += ["", f"the pair, after the first {row['pit'] - 1} steps, and its probabilities:", f"{'':9} before   after"]
-    for side, code in (("chosen", 32), ("rejected", 31)):
-        prompt, response, told = pairs[0]["prompt_ids"], pairs[0][f"{side}_ids"], pairs[0][side].strip()
-        chances = [f"{probability(policy, prompt, response):7.4f}" if policy else "      -"
-                   for policy in (before, after)]  # fmt: skip
-        lines.append(paint(f"{side:9}{' '.join(chances)}   {told}".replace("\n", ", "), code))
+        lines.append("no pair: no correct continuation was found before the pit")
+        return "\n".join(lines)
+    lines += explain_pair(pairs[0], before, after, colour)
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------- the log of training
+def explain_steps(problem, policy, solution, k, colour):
+    """A line with its Q for each step of a wrong solution."""
+    labels = judge_steps(problem, solution.text) if problem.meta else []
+    lines = [
+        "",
+        f"a wrong solution, Q of each step from {k} continuations; before the first step V(x):",
+        f"{'':34}Q {solution.value:.2f} {q_bar(solution.value)}",
+    ]
+    for i, q in enumerate(solution.q_values, 1):
+        text = policy.text(solution.step(i)).strip()
+        line = f"{i:3} {text:30.200}Q {q:.2f} {q_bar(q)}"
+        if i == solution.first_pit:
+            line += "  <- the first pit"
+            if labels:
+                line += f" ({labels[i - 1]})"
+            line = paint(line, "31;1", colour)
+        lines.append(line)
+    return lines
 
-COLUMNS = "stage step loss nll dpo margin accuracy chosen rejected lr grad_norm tokens_per_s".split()
+
+def explain_pair(pair, before, after, colour):
+    """The two sides of a pair, and their probabilities under two policies."""
+    row = pair_row(pair, before.tokenizer)
+    lines = [
+        "",
+        f"the pair, after the first {pair.first_pit - 1} steps, and its probabilities:",
+        f"{'':9} before   after",
+    ]
+    for side, ids, code in (("chosen", pair.chosen, "32"), ("rejected", pair.rejected, "31")):
+        line = f"{side:9}"
+        for policy in (before, after):
+            chance = f"{probability(policy, pair.prompt, ids):7.4f}" if policy else "      -"
+            line += chance + " "
+        line += "  " + row[side].strip().replace("\n", ", ")
+        lines.append(paint(line, code, colour))
+    return lines
 
 
-@first_only
-def write_log(path, stage, step, log, lr, norm, seconds):
-    """One line of metrics.csv; see the README for what each column means."""
-    row = dict(log, stage=stage, step=step, lr=lr, grad_norm=norm, tokens_per_s=log["tokens"] / seconds)
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", restval="")
-        if not file.tell():
-            writer.writeheader()
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+def q_bar(q):
+    return "=" * round(20 * q)
 
 
-@first_only
-def cut_log(path, stage, start):
-    """Drop the lines of steps that a resumed stage does again."""
-    if Path(path).exists():
-        rows = [line.split(",") for line in Path(path).read_text("utf-8", errors="replace").splitlines()][1:]
-        rows = [r for r in rows if len(r) == len(COLUMNS) and r[1].isdecimal()]  # not the last one, if it was cut
-        keep = [r for r in rows if r[0] != stage or int(r[1]) < start]
-        with open(f"{path}.tmp", "w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *keep])
-        os.replace(f"{path}.tmp", path)
+def paint(text, code, colour):
+    return f"\033[{code}m{text}\033[0m" if colour else text
+
+
+# ---------------------------------------------------------------- a picture of a run
+
+
+def plot_run(folder):
+    """Draw a run folder as FOLDER/run.png: its losses, what Eq. 1 did to the pairs, the Q of the
+    steps of wrong solutions, and the accuracy of its models. Needs matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder = Path(folder)
+    with open(folder / "metrics.csv", newline="") as file:
+        metrics = list(csv.DictReader(file))
+    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
+    for stage in dict.fromkeys(row["stage"] for row in metrics):
+        rows = [row for row in metrics if row["stage"] == stage]
+        plot_columns(axes[0], rows, ["loss"], label=stage)
+        if rows[0]["margin"]:
+            plot_columns(axes[1], rows, ["margin", "chosen", "rejected"], label=stage)
+    for path in sorted(folder.glob("*/values.jsonl")):
+        rows = read_rows(path)
+        means = []
+        for i in range(max(len(row["q_values"]) for row in rows)):
+            q_values = [row["q_values"][i] for row in rows if len(row["q_values"]) > i]
+            means.append(np.mean([q for q in q_values if q is not None]))
+        axes[2].plot(range(1, len(means) + 1), means, "o-", label=path.parent.name)
+    results = read_json(folder / "results.json")
+    for name, result in results.items():
+        low, high = result["interval"]
+        accuracy = result["accuracy"]
+        axes[3].errorbar([name], [accuracy], [[accuracy - low], [high - accuracy]], fmt="o")
+    titles = ["loss", "Eq. 1: margin and log-probabilities", "mean Q of steps", "accuracy"]
+    labels = ["optimizer step", "optimizer step", "step of the solution", "model"]
+    for axis, title, label in zip(axes, titles, labels, strict=True):
+        axis.set(title=title, xlabel=label)
+    for axis in axes[:3]:
+        axis.legend(frameon=False)
+    figure.savefig(folder / "run.png", dpi=110)
+    print(f"{folder / 'run.png'}")
+
+
+def plot_columns(axis, rows, names, label):
+    """Columns of metrics.csv by step, each point the mean of a fiftieth of the steps."""
+    for name in names:
+        values = np.array([float(row[name]) for row in rows])
+        parts = np.array_split(values, min(50, len(values)))
+        steps = np.cumsum([len(part) for part in parts])
+        axis.plot(steps, [part.mean() for part in parts], label=f"{label} {name}")
 
 
 # ---------------------------------------------------------------- command line
 
 
 @dataclass
-class EvaluateConfig:
-    model: str = flag("", "Hugging Face folder of the policy")
-    baseline: str = flag("", "folder of a second policy: a paired comparison on the same problems")
-    data: str = flag("arithmetic", "arithmetic, star, or a JSONL file of problems")
-    split: str = flag("test", "of a built-in task: train, val or test", choices="train val test")
-    limit: int = flag(1000, "the first problems only; 0 = all of a file")
-    out: str = flag("runs/evaluate", "folder for results.json and the raw responses")
-    prompt: str = flag("", "prompt format, {question} is replaced; empty = the one train.py uses for this data")
-    max_new_tokens: int = flag(256, "tokens a solution may have", 1)
-    samples: int = flag(0, "samples a problem for pass@k and maj@k; 0 = greedy only")
-    temperature: float = flag(0.7, "of the samples")
-    values: int = flag(0, "K: rollouts per step prefix, for the average Q by step index; 0 = none")
-    explain: int = flag(-1, "number of a problem: only show a wrong solution of the baseline, step by step", -1)
-    seed: int = flag(0, "of the random streams")
-    slots: int = flag(0, "rows that decode together; 0 = as fits in memory")
-    device: str = flag("", "cpu or cuda; empty = cuda where there is one")
-    dtype: str = flag("", "float32 or bfloat16; empty = bfloat16 on cuda, else float32")
-    threads: int = flag(0, "CPU threads; 0 = two for a small model, else all cores")
+class EvaluateFlags(PolicyFlags):
+    baseline: str = flag("", "folder of a second policy, to compare with", group="run", free=True)
+    out: str = flag("runs/evaluate", "folder for results and responses", free=True)
+    plot: str = flag("", "run folder to draw as FOLDER/run.png; needs matplotlib", free=True)
+    explain: int = flag(-1, "number of a problem, to show its steps", least=-1, free=True)
+    split: str = flag("test", "train, val or test of the built-in task", group="data")
+    limit: int = flag(1000, "the first problems only; 0 = all of a file", least=0)
+    samples: int = flag(0, "samples a problem, for pass@k", group="sampling", least=0)
+    rollouts: int = flag(0, "K: continuations per prefix, for Q by step", group="values", least=0)
 
 
 def main():
-    c = parse(EvaluateConfig, __doc__)
-    c.prompt = c.prompt or {"arithmetic": "{question}\n", "star": "{question}"}.get(c.data, DEFAULT_PROMPT)
-    problems, out, results = load_problems(c.data, c.split, c.limit), Path(c.out), {}
-    if not problems:
-        raise UsageError("no problems; expected --limit of at least 1 for a built-in task; raise it")
-    policies = {name: load_policy(folder, c) for name, folder in (("baseline", c.baseline), ("model", c.model))
-                if folder or name == "model"}  # fmt: skip
-    policies["model"].prompt(problems[0])  # a wrong prompt format fails here, before anything is written
-    if c.explain >= len(problems):
-        raise UsageError(f"--explain {c.explain}; expected less than {len(problems)}, the problems; lower it")
-    claim(c, out / "config.json", problems)
-    if c.explain >= 0:
-        before, after = (*policies.values(), None)[:2]
-        print(explain(problems[c.explain], before, after, out, k=c.values or 16, samples=c.samples or 16,
-                      max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed,
-                      colour=sys.stdout.isatty()))  # fmt: skip
+    c = apply_presets(parse_flags(EvaluateFlags, __doc__))
+    if c.plot:
+        plot_run(c.plot)
         return
-    for name, policy in policies.items():
-        results[name] = evaluate(policy, problems, out / name, max_new_tokens=c.max_new_tokens, samples=c.samples,
-                                 temperature=c.temperature, seed=c.seed)  # fmt: skip
+    problems = load_problems(c.data, c.split, c.limit)
+    if c.explain >= len(problems):
+        raise UserError(f"--explain {c.explain}: there are only {len(problems)} problems")
+    policy = load_policy(c.model, c)
+    policy.prompt(problems[0])  # a wrong prompt format fails here, before anything is written
+    hashes = dict(data_hash=content_hash(problems), model_hash=folder_hash(c.model))
+    policies = {"model": policy}
+    if c.baseline:
+        policies = {"baseline": load_policy(c.baseline, c), "model": policy}
+        hashes["baseline_hash"] = folder_hash(c.baseline)
+    out = Path(c.out)
+    claim_folder(c, out / "config.json", **hashes)
+    if c.explain >= 0:
+        problem = problems[c.explain]
+        before = policies.get("baseline", policy)
+        after = policy if c.baseline else None
+        counts = dict(k=c.rollouts or 16, samples=c.samples or 16)
+        print(explain(problem, before, after, out, colour=sys.stdout.isatty(), **counts))
+        return
+    results = {}
+    for name, each in policies.items():
+        results[name] = evaluate(each, problems, out / name, c.samples)
     write_json(out / "results.json", results)
     print(table(results))
-    if c.values:
-        gather([])  # until rank 0 has written them
-        rows = {row["id"]: row for row in read_rows(out / "model" / "greedy.jsonl")}
-        steps = q_by_step(policy, problems, to_value(problems, rows, 1, 1), out / "model", k=c.values,
-                          max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=c.seed)  # fmt: skip
-        for s in steps:
-            print(f"step {s['step']:2}   Q {s['q']:.3f}   of the best of 5 {s['best_of_5']:.3f}   n {s['solutions']}")
+    if c.rollouts:
+        greedy = sample(policy, problems, out / "model" / "greedy.jsonl", n=1, temperature=0)
+        solutions = solutions_to_value(policy, problems, greedy, wrong=1, correct=1)
+        by_id = {problem.id: problem for problem in problems}
+        path = out / "model" / "values.jsonl"
+        first_pits(policy, by_id, solutions, path, k=c.rollouts, scan="full")
+        for row in q_by_step(solutions):
+            print(
+                "step {step:2}  Q {q:.3f}  best of 5 {best_of_5:.3f}  n {solutions}".format(**row)
+            )
 
 
 if __name__ == "__main__":
-    entry(main)
+    run_program(main)

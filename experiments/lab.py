@@ -1,12 +1,13 @@
-"""What the experiments share: budgets, cells that train and judge models in a folder, spread, results on disk, figures.
+"""What the experiments share: the models of one training set, sweeps over many sets, statistics.
 
-A cell is one training set: its size, its seed, its world. It goes through the stages of `train.py` by the same public
-functions, keeps every model in its folder and finishes with one JSON file; a killed sweep goes on from those files.
-Everything that a claim rests on (per-problem verdicts, seeds, configuration) ends up in experiments/results/NAME.json.
+A cell is one training set, with a size, a seed and a world. Every model trained on it is an arm: a
+folder of the cell, made by the functions of train.py, with the arm's own samples and values beside
+its weights. A cell ends with one JSON file, and a killed sweep goes on from what is on disk.
+What a claim rests on (seeds, configuration, a 0 or 1 for each test problem) ends up in
+experiments/results/NAME.json.
 """
 
 import csv
-import json
 import math
 import multiprocessing
 import os
@@ -20,241 +21,406 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import load_problems
-from evaluate import evaluate
-from rollout import claim, flag, load_policy, provenance, read_rows, sample, write_json
-from train import TrainConfig, drawing, example, fit, negatives, own_positives, resolve
+from data import claim_folder, content_hash, flag, folder_hash, load_problems, provenance
+from data import read_json, write_json, write_rows
+from evaluate import compare, evaluate
+from rollout import Example, Pair, first_pits, load_policy, make_pairs, most_diverse, pair_row
+from rollout import progress, sample, solutions_to_value
+from train import LOSSES, TrainFlags, fit, nll, resolve, teacher_examples
 
 RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass
-class LabConfig:
-    budget: str = flag("cpu", "smoke (seconds: does the path work), cpu (two cores) or gpu", choices="smoke cpu gpu")
+class LabFlags:
+    budget: str = flag(
+        "cpu", "seconds, two cores, or one GPU", group="run", choices=("smoke", "cpu", "gpu")
+    )
     out: str = flag("", "folder of the runs; empty = runs/experiments/NAME-BUDGET")
-    jobs: int = flag(0, "cells side by side; 0 = one per core, four on a GPU")
+    jobs: int = flag(0, "cells side by side; 0 = one per core, four on a GPU", least=0)
+
+
+# ---------------------------------------------------------------- one training set
 
 
 class Cell:
-    """One training set with all that is trained on it. Arms are folders; what is there is not made again."""
+    """One training set and the arms trained on it. What is on disk is not made again."""
 
-    def __init__(self, folder, *, test=1000, val=400, **flags):
-        self.folder, self.c = Path(folder), resolve(TrainConfig(mode="neg", threads=1, test_limit=test, **flags))
-        c, world = self.c, dict(spurious=self.c.spurious, steps=self.c.steps, distractors=self.c.distractors)
-        claim(c, self.folder / "config.json")
-        self.train = load_problems(c.data, "train", c.limit, c.seed, **world)
-        self.splits = {split: load_problems(c.data, split, n, **world) for split, n in (("val", val), ("test", test))}
-        self.by_id = {p.id: p for p in self.train}
-        policy = self.policy(c.model)
-        self.encoder = policy
-        self.teacher = [self.example(p, p.solution) for p in self.train]
+    def __init__(self, folder, train, val, test, **flags):
+        """train, val, test: lists of problems. flags: those of train.py."""
+        self.folder = Path(folder)
+        self.c = resolve(TrainFlags(out=str(folder), threads=1, **flags))
+        hashes = dict(data_hash=content_hash(train), model_hash=folder_hash(self.c.model))
+        claim_folder(self.c, self.folder / "config.json", **hashes)
+        self.train = train
+        self.by_id = {problem.id: problem for problem in train}
+        self.splits = dict(val=val, test=test)
+        self.base = load_policy(self.c.model, self.c)
+        self.teacher = teacher_examples(self.base, train)
+        self.arms = {}  # {arm: its record}
+        self.picked = {}  # {arm: what `pick` chose}
 
-    def example(self, problem, text):
-        tokenizer = self.encoder.tokenizer
-        return example(self.encoder, problem, tokenizer.encode(text) + [tokenizer.eos_id])
+    def policy(self, name, i=0):
+        """Arm `name`, to sample from. i: the round, which has random numbers of its own."""
+        c = replace(self.c, seed=self.c.seed + 1000 * i)
+        return load_policy(self.folder / name, c)
 
-    def policy(self, name, train=False, **changes):
-        folder = self.folder / name if (self.folder / name).exists() else name
-        return load_policy(folder, replace(self.c, **changes), train=train)
+    def example(self, id, ids, weights=None):
+        """A response to training problem `id` as an Example."""
+        return Example(id, self.base.prompt(self.by_id[id]), ids, weights)
 
-    def fit(self, name, start, examples=(), pairs=(), *, epochs, lr=None, **changes):
-        """Train arm `name` from arm (or model folder) `start`; returns its optimizer steps."""
+    def fit(self, name, start, items, *, epochs, lr=None, **changes):
+        """Train arm `name` on Examples or Pairs. Returns the number of its optimizer steps.
+
+        start: another arm, or the absolute path of a model folder. changes: flags of this arm only.
+        """
         c = replace(self.c, **changes)
+        loss = nll
+        default_lr = c.lr
+        if isinstance(items[0], Pair):
+            loss = LOSSES[c.loss]
+            default_lr = c.neg_lr
         if not (self.folder / name / "model.safetensors").exists():
-            policy = self.policy(start, train=True, **changes)
-            fit(policy, self.folder / name, self.folder / "metrics.csv", list(examples), list(pairs), c, epochs=epochs,
-                lr=lr or (c.neg_lr if pairs else c.lr))  # fmt: skip
-        n = len(pairs) if pairs and not c.nll else len(examples)
-        return max(1, round(epochs * n / c.batch))
+            policy = load_policy(self.folder / start, c, train=True)
+            fit(policy, items, loss, c, name, epochs=epochs, lr=lr or default_lr)
+        return max(1, round(epochs * len(items) / c.batch))
+
+    def arm(self, name, start, items, epochs, **changes):
+        """Train an arm, and record how it does on the test split."""
+        steps = self.fit(name, start, items, epochs=epochs, **changes)
+        self.arms[name] = self.judge(name) | dict(steps=steps)
+
+    def pick(self, arm, candidates, train):
+        """Train an arm once for each candidate, and record the one that is best on validation.
+
+        train(name, candidate) returns the optimizer steps. A candidate that was picked before, in
+        `self.picked`, is taken over. Returns the name of the arm's folder.
+        """
+        if arm in self.picked:
+            candidates = [self.picked[arm]]
+        steps = {}
+        for value in candidates:
+            steps[value] = train(f"{arm}-{value:g}", value)
+        best = candidates[0]
+        if len(candidates) > 1:
+            best = max(candidates, key=lambda value: self.accuracy(f"{arm}-{value:g}"))
+        name = f"{arm}-{best:g}"
+        self.picked[arm] = best
+        self.arms[arm] = self.judge(name) | dict(steps=steps[best])
+        return name
 
     def accuracy(self, name, split="val"):
         return self.judge(name, split)["accuracy"]
 
-    def judge(self, name, split="test", samples=0):
-        """The arm's record: accuracy, spurious steps, pass@5, and a 0 or 1 per problem."""
-        c, folder = self.c, self.folder / name / split
-        r = evaluate(self.policy(name), self.splits[split], folder, samples=samples, ks=(5,), seed=c.seed,
-                     max_new_tokens=c.max_new_tokens, temperature=c.temperature)  # fmt: skip
-        keep = ("accuracy", "spurious", "ended", "pass@5", "maj@5")  # spurious steps: where their truth is known
-        return {k: round(r[k], 4) for k in keep if k in r} | {"correct": "".join("01"[x] for x in r["correct"])}
+    def judge(self, name, split="test"):
+        """How an arm does: accuracy, spurious steps, pass@5, a 0 or 1 for each problem."""
+        samples = 0
+        if split == "test":
+            samples = self.c.eval_samples
+        folder = self.folder / name / split
+        result = evaluate(self.policy(name), self.splits[split], folder, samples, ks=(5,))
+        record = {}
+        for key in ("accuracy", "spurious", "ended", "pass@5", "maj@5"):
+            if key in result:
+                record[key] = round(result[key], 4)
+        record["correct"] = "".join("01"[correct] for correct in result["correct"])
+        return record
 
-    def draw(self, name, i=0, into="", **changes):
-        """Rollouts of arm `name` on its own training problems, by round i's random streams: (rows, tokens drawn)."""
-        c, folder = replace(self.c, **changes), self.folder / (into or f"from-{name}")
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = sample(self.policy(name), self.train, folder / "rollouts.jsonl", n=c.samples, **drawing(c, i))
-        return rows, sum(len(s["ids"]) for row in rows.values() for s in row["samples"])
+    def sample(self, name, i=0, n=None):
+        """n solutions of each training problem by arm `name` in round i: {problem id: row}."""
+        path = self.folder / name / "rollouts.jsonl"
+        return sample(self.policy(name, i), self.train, path, n or self.c.samples)
 
-    def learn(self, name, rows, i=0, into="", **changes):
-        """What the per-step loss learns from rollouts of arm `name`: (weighted examples, pairs, tokens drawn)."""
-        c, policy = replace(self.c, **changes), self.policy(name)
-        folder = self.folder / (into or f"from-{name}")
+    def positives(self, samples, keep=4):
+        """D+: at most `keep` correct samples of each problem, the most diverse, as Examples."""
+        examples = []
+        for problem in self.train:
+            correct = [s for s in samples[problem.id]["samples"] if s["correct"]]
+            for s in most_diverse(correct, keep):
+                examples.append(self.example(problem.id, s["ids"]))
+        return examples
+
+    def value(self, name, samples, i=0, *, k=None, scan=None, correct=0, into=""):
+        """Value wrong samples of arm `name`, and so many correct ones a problem (Eq. 2).
+
+        into: the folder of values.jsonl, if not the arm's own. Returns (solutions, tokens sampled).
+        """
+        policy = self.policy(name, i)
+        solutions = solutions_to_value(
+            policy, self.train, samples, wrong=self.c.negatives, correct=correct
+        )
+        folder = self.folder / (into or name)
         folder.mkdir(exist_ok=True)
-        examples, pairs = negatives(policy, self.by_id, rows, folder, c, i)
-        if policy.stats:  # a second call finds the values on disk and draws nothing
-            write_json(folder / "tokens.json", policy.stats)
-        return examples, pairs, int(read(folder / "tokens.json").get("decoded", 0))
+        first_pits(
+            policy,
+            self.by_id,
+            solutions,
+            folder / "values.jsonl",
+            k=k or self.c.rollouts,
+            scan=scan or self.c.scan,
+        )
+        if policy.decoded:  # a second call finds the values on disk and samples nothing
+            write_json(folder / "tokens.json", dict(decoded=policy.decoded))
+        return solutions, read_json(folder / "tokens.json").get("decoded", 0)
 
-    def values(self, name, into=""):
-        """The rows of values.jsonl of arm `name`'s solutions."""
-        return read_rows(self.folder / (into or f"from-{name}") / "values.jsonl")
-
-    def pit_steps(self, name):
-        """{problem id: the steps, as text, at which its wrong solutions lost their value}."""
-        steps = {}
-        for row in self.values(name):
-            start, end = ([0] + row["ends"])[row["pit"] - 1 : row["pit"] + 1]
-            text = self.encoder.text(row["ids"][start:end]).strip("\n")
-            if not row["correct"] and "####" not in text:
-                steps.setdefault(row["id"], []).append(text)
-        return steps
-
-    def positives(self, rows, keep=4):
-        return own_positives(self.encoder, self.train, rows, keep)
-
-
-def read(path):
-    return json.loads(Path(path).read_text("utf-8")) if Path(path).exists() else {}
+    def own_pairs(self, name, i, n=None):
+        """Pairs from arm `name`'s own mistakes, as train.py makes them. Returns (pairs, tokens
+        sampled)."""
+        samples = self.sample(name, i, n)
+        solutions, tokens = self.value(name, samples, i)
+        pairs = make_pairs(self.c.pairs, self.base, self.by_id, samples, solutions, self.c.seed)
+        rows = [pair_row(pair, self.base.tokenizer) for pair in pairs]
+        write_rows(self.folder / name / "pairs.jsonl", rows)
+        return pairs, tokens + count_tokens(samples)
 
 
-def choose(cell, arm, candidates, make):
-    """Train an arm once per candidate, keep the one that is best on the validation split: (candidate, its name)."""
-    names = {value: f"{arm}-{value:g}" for value in candidates}
-    for value, name in names.items():
-        make(name, value)
-    if len(names) == 1:
-        return next(iter(names.items()))
-    return max(names.items(), key=lambda item: cell.accuracy(item[1]))
+def arithmetic_cell(folder, *, limit, seed, spurious=0.2, val=400, test=1000, **flags):
+    """A cell of the built-in task. val, test: numbers of problems."""
+    problems = load_problems("arithmetic", "train", limit, seed, spurious)
+    val = load_problems("arithmetic", "val", val, spurious=spurious)
+    test = load_problems("arithmetic", "test", test, spurious=spurious)
+    flags = dict(eval_samples=0) | flags
+    return Cell(folder, problems, val, test, limit=limit, seed=seed, spurious=spurious, **flags)
+
+
+def verdicts(samples):
+    """Of all samples, {problem id: row}, whether each is correct."""
+    return [s["correct"] for row in samples.values() for s in row["samples"]]
+
+
+def count_tokens(samples):
+    return sum(len(s["ids"]) for row in samples.values() for s in row["samples"])
+
+
+def share(verdicts):
+    return round(float(np.mean(verdicts)), 4)
 
 
 # ---------------------------------------------------------------- many cells
 
 
 def sweep(c, name, work, keys, **shared):
-    """{key: work(folder, *key, **shared)} for every key, some side by side; a result on disk is not made again."""
+    """{key: work(folder, *key, **shared)} for every key, some side by side. The results are JSON
+    objects on disk; what is there is not made again."""
     root = Path(c.out or f"runs/experiments/{name}-{c.budget}")
-    jobs = c.jobs or (4 if c.budget == "gpu" else os.cpu_count() or 1)
-    results, began = {}, time.monotonic()
     folders = {key: root / "-".join(map(str, key)) for key in keys}
     todo = [key for key in keys if not (folders[key] / "cell.json").exists()]
-
-    def tell(done, key):
-        minutes = (time.monotonic() - began) / 60
-        print(f"{name}: {done} of {len(todo)} cells, {key} at {minutes:.1f} min", file=sys.stderr)
-
+    jobs = c.jobs or (4 if c.budget == "gpu" else os.cpu_count())
+    bar = progress(name, "cell", len(keys), len(keys) - len(todo))
     if jobs == 1:
-        for done, key in enumerate(todo, 1):
-            one(work, folders[key], key, shared)
-            tell(done, key)
-    else:  # spawn: a forked process would share the parent's half-started threads
-        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            futures = {pool.submit(one, work, folders[key], key, shared): key for key in todo}
-            for done, future in enumerate(as_completed(futures), 1):
+        for key in todo:
+            run_cell(work, folders[key], key, shared)
+            bar.update()
+    else:
+        # spawn: a forked process would share the parent's half-started threads
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+            futures = [pool.submit(run_cell, work, folders[key], key, shared) for key in todo]
+            for future in as_completed(futures):
                 future.result()
-                tell(done, futures[future])
-    for key in keys:
-        results[key] = read(folders[key] / "cell.json")
-    return results
+                bar.update()
+    bar.close()
+    return {key: read_json(folders[key] / "cell.json") for key in keys}
 
 
-def one(work, folder, key, shared):
-    """A cell, in a process of its own where several run side by side; what it prints goes to its log."""
-    import torch
-
-    torch.set_num_threads(1)
+def run_cell(work, folder, key, shared):
+    """Make one cell. What it prints goes to its log."""
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    with open(folder / "log.txt", "a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
-        result = work(folder, *key, **shared)
-    write_json(folder / "cell.json", result | {"seconds": round(time.monotonic() - began, 1)} | provenance())
+    with open(folder / "log.txt", "a", buffering=1) as log:
+        with redirect_stdout(log), redirect_stderr(log):
+            result = work(folder, *key, **shared)
+    seconds = round(time.monotonic() - began, 1)
+    write_json(folder / "cell.json", result | dict(seconds=seconds) | provenance())
 
 
 # ---------------------------------------------------------------- spread
 
 
 def bits(text):
+    """The verdicts that a record keeps as "0110...": bool (problems,)."""
     return np.frombuffer(text.encode(), np.uint8) == ord("1")
 
 
 def interval(draws, level=0.95):
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return [float(low), float(high)]
+    tail = (1 - level) / 2
+    return np.quantile(draws, [tail, 1 - tail]).tolist()
+
+
+def with_interval(draws):
+    """[measured, low, high], of a number as measured and, behind it, as bootstrapped."""
+    return [float(draws[0]), *interval(draws[1:])]
 
 
 def resampled(verdicts, seed=0, draws=1000):
-    """verdicts {key: 0/1 (seeds, problems)} -> {key: error rates (1 + draws,)}: first as measured, then bootstrapped.
+    """Error rates (1 + draws,) of each arm: as measured, then bootstrapped.
 
-    A draw takes seeds with replacement and problems with replacement, the same for every key: arms are paired."""
-    rng, (seeds, problems) = np.random.default_rng(seed), next(iter(verdicts.values())).shape
-    out = {key: [1 - v.mean()] for key, v in verdicts.items()}
+    verdicts: {arm: 0 or 1 (seeds, problems)}. A draw takes seeds with replacement and problems with
+    replacement, the same for every arm: so arms are compared on the same problems.
+    """
+    rng = np.random.default_rng(seed)
+    seeds, problems = next(iter(verdicts.values())).shape
+    errors = {arm: [1 - v.mean()] for arm, v in verdicts.items()}
     for _ in range(draws):
-        s, p = rng.integers(seeds, size=seeds), rng.integers(problems, size=problems)
-        for key, v in verdicts.items():
-            out[key].append(1 - v[s][:, p].mean())
-    return {key: np.array(v) for key, v in out.items()}
+        s = rng.integers(seeds, size=seeds)
+        p = rng.integers(problems, size=problems)
+        for arm, v in verdicts.items():
+            errors[arm].append(1 - v[s][:, p].mean())
+    return {arm: np.array(values) for arm, values in errors.items()}
+
+
+def errors_by_size(cells):
+    """{(arm, size): error rates of `resampled`}, of the arms that were trained with every seed."""
+    by_arm = {}
+    for cell in cells:
+        for arm, record in cell["arms"].items():
+            by_arm.setdefault((arm, cell["size"]), []).append(bits(record["correct"]))
+    seeds = max(map(len, by_arm.values()))
+    return resampled({key: np.array(v) for key, v in by_arm.items() if len(v) == seeds})
 
 
 def slope(sizes, errors):
-    """Exponent of error ~ size^slope, by least squares on the logs. errors: (sizes, draws) -> (draws,)."""
+    """Exponent of error ~ size^slope, by least squares on the logs. errors: (sizes, draws) ->
+    (draws,)."""
     x = np.log(sizes) - np.log(sizes).mean()
     return x @ np.log(np.maximum(errors, 1e-4)) / (x @ x)
 
 
 def multiplier(sizes, errors, size, error):
-    """How many times `size` SFT needs for `error`: interpolates SFT's error on logs, taken as the least error at any
-    size up to each (more data is never held against SFT). Beyond the ladder its end is a lower bound:
-    (multiplier, is it a bound)."""
-    best = np.minimum.accumulate(errors)
+    """How many times `size` SFT needs to reach `error`. Returns (multiplier, is it a lower bound).
+
+    Interpolates SFT's errors at `sizes`, on logs. At each size SFT counts with the least error up
+    to there, so more data is never held against it. An error that SFT does not reach at any size
+    gives a bound.
+    """
+    best = np.log(np.maximum(np.minimum.accumulate(errors), 1e-4))
+    error = np.log(max(error, 1e-4))
     if error < best[-1]:
         return sizes[-1] / size, True
-    if error >= best[0]:
-        return sizes[0] / size, False
-    j = int(np.argmax(best <= error))
-    a, b = np.log(best[j - 1]), np.log(best[j])
-    at = (a - np.log(error)) / max(a - b, 1e-9)
-    return float(np.exp(np.log(sizes[j - 1]) + at * np.log(sizes[j] / sizes[j - 1]))) / size, False
+    # np.interp wants rising errors; one above SFT's first counts as that
+    times = np.log2(np.array(sizes) / size)
+    return float(2 ** np.interp(error, best[::-1], times[::-1])), False
+
+
+def data_worth(errors, sizes, arm, size):
+    """The multiplier of an arm, with its interval. errors: errors_by_size; sizes: those of SFT."""
+    sft = np.array([errors["sft", n] for n in sizes]).T  # (draws, sizes)
+    read_off = []
+    for curve, error in zip(sft, errors[arm, size], strict=True):
+        read_off.append(multiplier(sizes, curve, size, error))
+    values, bounds = zip(*read_off, strict=True)
+    return dict(multiplier=with_interval(values), at_least=bounds[0])
+
+
+def worth_text(record):
+    """Such as "1.8x", or ">=32.0x" for a bound; "" where no multiplier was read off."""
+    if "multiplier" not in record:
+        return ""
+    sign = ">=" if record["at_least"] else ""
+    return f"{sign}{record['multiplier'][0]:.1f}x"
 
 
 def spread(values):
     """Mean and 95% interval over seeds by Student's t: [mean, low, high]."""
     values = np.asarray(values, float)
-    t = {1: math.nan, 2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.0)
-    half = t * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return [float(values.mean()), float(values.mean() - half), float(values.mean() + half)]
+    n = len(values)
+    mean = float(values.mean())
+    half = math.nan
+    if n > 1:
+        t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(n, 2.0)
+        half = t * float(values.std(ddof=1)) / math.sqrt(n)
+    return [mean, mean - half, mean + half]
+
+
+def spreads(records, keys):
+    """{key: spread over seeds} of the numbers that the records have."""
+    return {key: spread([r[key] for r in records]) for key in keys if key in records[0]}
+
+
+def against(cells, arm, other):
+    """`compare` an arm with another on the test problems of all seeds; None if no cell has both."""
+    ours = []
+    theirs = []
+    for cell in cells:
+        arms = cell["arms"]
+        if "correct" in arms.get(arm, {}) and "correct" in arms.get(other, {}):
+            ours.append(bits(arms[arm]["correct"]))
+            theirs.append(bits(arms[other]["correct"]))
+    if not ours:
+        return None
+    return compare(np.concatenate(theirs), np.concatenate(ours))
 
 
 # ---------------------------------------------------------------- results
 
 
+def arm_rows(cells):
+    """The rows of the CSV file: one for each arm of each cell."""
+    rows = []
+    for cell in cells:
+        for arm, record in cell["arms"].items():
+            rows.append(dict(seed=cell["seed"], arm=arm) | without_verdicts(record))
+    return rows
+
+
+def without_verdicts(record):
+    return {key: value for key, value in record.items() if key != "correct"}
+
+
 def publish(c, name, cells, summary, rows):
-    """NAME.json (summary and every cell), NAME.csv (rows), in experiments/results; a smoke run keeps to its folder.
-    Returns the path without its ending, for the figure."""
-    folder = RESULTS if c.budget != "smoke" else Path(c.out or f"runs/experiments/{name}-smoke")
+    """Write NAME.json, the summary and every cell, and NAME.csv, the rows, to experiments/results.
+
+    A smoke run keeps them in its own folder. Returns the path without its ending, for the figure.
+    """
+    folder = RESULTS
+    if c.budget == "smoke":
+        folder = Path(c.out or f"runs/experiments/{name}-smoke")
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / (name if c.budget != "gpu" else f"{name}-gpu")
-    cells = [{"key": list(key), **cell} for key, cell in cells.items()]
-    head = dict(command=f"python experiments/{Path(sys.argv[0]).name} --budget {c.budget}", **provenance(),
-                summary=summary, process_seconds=round(sum(cell["seconds"] for cell in cells)))  # fmt: skip
-    write_json(f"{stem}.json", head | {"cells": cells})
+    stem = folder / (f"{name}-gpu" if c.budget == "gpu" else name)
+    result = dict(
+        command=f"python experiments/{Path(sys.argv[0]).name} --budget {c.budget}",
+        **provenance(),
+        summary=summary,
+        process_seconds=round(sum(cell["seconds"] for cell in cells.values())),
+        cells=[dict(cell, key=key) for key, cell in cells.items()],
+    )
+    write_json(f"{stem}.json", result)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
     with open(f"{stem}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), restval="")
+        writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
-        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        for row in rows:
+            writer.writerow({key: four_digits(value) for key, value in row.items()})
     return stem
 
 
+def four_digits(value):
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def plot_errors(axis, records, colour, label):
+    """Error against size with its interval. records: {size: {"error": [mean, low, high]}}."""
+    sizes = list(records)
+    mean, low, high = np.array([record["error"] for record in records.values()]).T
+    axis.plot(sizes, mean, "o-", ms=3, color=colour, label=label)
+    axis.fill_between(sizes, low, high, color=colour, alpha=0.15, lw=0)
+    axis.set(xscale="log", xlabel="training problems |D|", ylabel="test error (greedy)")
+
+
 def figure(stem, panels):
-    """A figure of some panels, functions of an axis; without matplotlib one line says so."""
+    """A figure of some panels, functions of an axis. Without matplotlib one line says so."""
     try:
         import matplotlib
     except ImportError:
-        print("no figure: matplotlib is not installed (pip install matplotlib, then run again)", file=sys.stderr)
+        print("no figure: matplotlib is missing (pip install matplotlib)", file=sys.stderr)
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    fig, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6), squeeze=False)
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    plt.rcParams.update(style)
+    size = (4.4 * len(panels), 3.6)
+    fig, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
         panel(axis)
     fig.tight_layout()

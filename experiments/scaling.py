@@ -1,164 +1,235 @@
-"""Scaling (targets 1-3, 9, 10; Fig. 2a,b and 5a,b): test error against the number of problems, and data multipliers.
+"""Scaling (targets 1-3, 9, 10; Fig. 2a,b and 5a,b): test error against the number of problems.
 
     python experiments/scaling.py --budget cpu
 
-For every spurious rate, seed and size |D|: SFT on the teacher's solutions; pos (RFT: D and the SFT model's own right
-solutions); neg (per-step DPO from pos); neg2 (a second round, from neg's own solutions). Each arm picks one of three
-epoch counts at every size, on the validation split with seed 0; sft-long has as many optimizer steps as pos, neg and
-neg2 together. SFT alone goes on to larger sizes, so that there is a curve on which to read the multipliers off. Beside
-the main rate, neg's learning rate, chosen at the main one, overshoots: neg-gentle is neg at a fifth of it (at the main
-rate the two are equal on the validation split).
+For every spurious rate, seed and size |D|:
+
+    sft         on the teacher's solutions
+    pos         RFT: on D and the SFT model's own correct solutions
+    neg         per-step DPO from pos, on pos's own mistakes
+    neg2        a second round, from neg on neg's own mistakes (at the main rate)
+    neg-gentle  neg at a fifth of the learning rate (at the other rates, where neg's overshoots)
+    sft-long    SFT with as many optimizer steps as pos, neg and neg2 together
+
+Every arm picks one of three numbers of epochs at each size, on the validation split with seed 0.
+SFT alone goes on to larger sizes, for a curve on which to read off how much data an arm is worth.
 """
 
 from collections import defaultdict
+from functools import partial
 from math import sqrt
 
 import numpy as np
-from lab import Cell, LabConfig, bits, choose, figure, interval, multiplier, publish, resampled, slope, sweep
+from lab import LabFlags, arithmetic_cell, count_tokens, data_worth, errors_by_size, figure
+from lab import plot_errors, publish, share, slope, sweep, verdicts, with_interval, worth_text
 
-from rollout import entry, parse
+from data import parse_flags
+from rollout import run_program
 
-MAIN = 0.2
-BUDGETS = {  # sizes of all arms, sizes of SFT alone, rates beside the main one with their sizes, seeds, shares of the
-    # middle number of epochs to choose from, Cell's flags
-    "smoke": dict(sizes=[16, 32], more=[], rates={0.0: [16]}, seeds=1, pass_at=0, grid=(0.1, 0.2), flags=dict(
-        test=12, val=8, samples=4, rollouts=2, negatives=2)),
-    "cpu": dict(sizes=[50, 100, 200, 400, 800, 1600], more=[3200, 6400, 12800], seeds=3, pass_at=5, flags={},
-                grid=(0.5, 1, 2), rates={r: [100, 200, 400] for r in (0.0, 0.1)}),
-    "gpu": dict(sizes=[50, 100, 200, 400, 800, 1600, 3200], more=[6400, 12800, 25600], seeds=5, pass_at=5, flags={},
-                grid=(0.5, 1, 2), rates={r: [50, 100, 200, 400, 800, 1600] for r in (0.0, 0.1, 0.3, 0.4)}),
-}  # fmt: skip
+MAIN = 0.2  # the main spurious rate
+BUDGETS = {
+    "smoke": dict(
+        sizes=[8, 16],  # of all arms at the main rate
+        more=[],  # larger ones, of SFT alone
+        rates={0.0: [8]},  # the other rates, with their sizes
+        seeds=1,
+        grid=(0.1, 0.2),  # shares of an arm's middle number of epochs, to choose from
+        flags=dict(test=8, val=4, samples=4, rollouts=2, negatives=2),
+    ),
+    "cpu": dict(
+        sizes=[50, 100, 200, 400, 800, 1600],
+        more=[3200, 6400, 12800],
+        rates={rate: [100, 200, 400] for rate in (0.0, 0.1)},
+        seeds=3,
+        grid=(0.5, 1, 2),
+        flags=dict(eval_samples=5),  # for pass@5
+    ),
+    "gpu": dict(
+        sizes=[50, 100, 200, 400, 800, 1600, 3200],
+        more=[6400, 12800, 25600],
+        rates={rate: [50, 100, 200, 400, 800, 1600] for rate in (0.0, 0.1, 0.3, 0.4)},
+        seeds=5,
+        grid=(0.5, 1, 2),
+        flags=dict(eval_samples=5),
+    ),
+}
 
 
-def cell(folder, rate, seed, size, tuned, full, second, long, pass_at, grid, flags):
-    """All arms on one training set. tuned: {arm: its epochs}, empty for the seed that tunes."""
-    cell = Cell(folder, limit=size, seed=seed, spurious=rate, **flags)
-    scale, picked, arms = min(4, sqrt(800 / size)), {}, {}  # fewer problems, more epochs
+def work(folder, rate, seed, size, *, details, grid, flags):
+    """All arms on one training set."""
+    return train_arms(folder, rate, seed, size, grid, flags, **details[rate, size])
 
-    def arm(name, start, middle, steps, examples=(), pairs=()):
-        candidates = [tuned[name]] if tuned else [round(middle * scale * x, 2) for x in grid]
-        made = {}
-        picked[name], folder = choose(cell, name, candidates, lambda folder, epochs: made.update(
-            {folder: cell.fit(folder, start, examples, pairs, epochs=epochs)}))  # fmt: skip
-        arms[name] = cell.judge(folder, samples=pass_at if full else 0) | dict(steps=steps + made[folder])
-        return folder
 
-    sft = arm("sft", cell.c.model, 5, 0, cell.teacher)
+def train_arms(folder, rate, seed, size, grid, flags, *, picked, full, long):
+    """picked: {arm: epochs}, by seed 0. full: all arms, not SFT alone. long: sft-long, too."""
+    if not full:
+        flags = flags | dict(eval_samples=0)
+    cell = arithmetic_cell(folder, limit=size, seed=seed, spurious=rate, **flags)
+    cell.picked = dict(picked)
+    base = cell.c.model
+    sft = pick_epochs(cell, "sft", base, cell.teacher, grid, middle=5)
     if full:
-        rows, drawn = cell.draw(sft)
-        own = cell.positives(rows)
-        right = np.mean([s["correct"] for row in rows.values() for s in row["samples"]])
-        arms["sft"] |= dict(generator_right=round(float(right), 4))
-        pos = arm("pos", cell.c.model, 6, 0, cell.teacher + own)
-        arms["pos"] |= dict(tokens=drawn, positives=len(own))
-        _, pairs, valued = cell.learn(sft, rows)
-        total = arms["pos"]["steps"]
-        if pairs:
-            neg = arm("neg", pos, 3, total, pairs=pairs)
-            arms["neg"] |= dict(tokens=drawn + valued, pairs=len(pairs))
-        if pairs and second:
-            rows, drawn2 = cell.draw(neg, 1)
-            _, pairs2, valued2 = cell.learn(neg, rows, 1)
-            if pairs2:
-                tuned = tuned | {"neg2": picked["neg"]}
-                arm("neg2", neg, 3, arms["neg"]["steps"], pairs=pairs2)
-                arms["neg2"] |= dict(tokens=drawn + valued + drawn2 + valued2, pairs=len(pairs2))
-        elif pairs:
-            cell.fit("neg-gentle", pos, pairs=pairs, epochs=picked["neg"], lr=cell.c.neg_lr / 5)
-            arms["neg-gentle"] = cell.judge("neg-gentle") | {k: arms["neg"][k] for k in ("steps", "tokens", "pairs")}
-        if long:
-            steps = max(a["steps"] for a in arms.values())
-            cell.fit("sft-long", cell.c.model, cell.teacher, epochs=steps * cell.c.batch / size)
-            arms["sft-long"] = cell.judge("sft-long") | dict(steps=steps)
-    return dict(rate=rate, seed=seed, size=size, picked=picked, arms=arms)
+        samples = cell.sample(sft)
+        own = cell.positives(samples)
+        cell.arms["sft"]["generator_right"] = share(verdicts(samples))
+        pos = pick_epochs(cell, "pos", base, cell.teacher + own, grid, middle=6)
+        cell.arms["pos"] |= dict(tokens=count_tokens(samples), positives=len(own))
+        train_rounds(cell, pos, grid, rounds=2 if rate == MAIN else 1)
+        if rate != MAIN and "neg" in cell.arms:
+            train_gently(cell, pos)
+    if long:
+        steps = max(record["steps"] for record in cell.arms.values())
+        cell.arm("sft-long", base, cell.teacher, epochs=steps * cell.c.batch / size)
+    return dict(rate=rate, seed=seed, size=size, picked=cell.picked, arms=cell.arms)
 
 
-def summarise(cells, rate):
+def pick_epochs(cell, arm, start, items, grid, middle):
+    """Train an arm with the best number of epochs around `middle`. Returns its folder's name."""
+    scale = min(4, sqrt(800 / len(cell.train)))  # fewer problems, more epochs
+    candidates = [round(middle * scale * factor, 2) for factor in grid]
+
+    def train(name, epochs):
+        return cell.fit(name, start, items, epochs=epochs)
+
+    return cell.pick(arm, candidates, train)
+
+
+def train_rounds(cell, pos, grid, rounds):
+    """neg and neg2, each on the mistakes of the policy before. Steps and tokens add up."""
+    policy = pos
+    before = cell.arms["pos"]
+    for i in range(1, rounds + 1):
+        pairs, tokens = cell.own_pairs(policy, i)
+        if not pairs:
+            return
+        arm = "neg"
+        if i > 1:
+            arm = "neg2"
+            cell.picked["neg2"] = cell.picked["neg"]
+        policy = pick_epochs(cell, arm, policy, pairs, grid, middle=3)
+        record = cell.arms[arm]
+        record["steps"] += before["steps"]
+        record |= dict(tokens=before["tokens"] + tokens, pairs=len(pairs))
+        before = record
+
+
+def train_gently(cell, pos):
+    """neg-gentle: as neg, at a fifth of its learning rate."""
+    pairs, _ = cell.own_pairs(pos, 1)
+    cell.arm("neg-gentle", pos, pairs, cell.picked["neg"], lr=cell.c.neg_lr / 5)
+    for key in ("steps", "tokens", "pairs"):
+        cell.arms["neg-gentle"][key] = cell.arms["neg"][key]
+
+
+# ---------------------------------------------------------------- summary
+
+
+def summarise(cells):
     """Errors, slopes and multipliers of one spurious rate, each with its bootstrap interval."""
-    verdicts = defaultdict(list)
-    for (r, _, size), result in cells.items():
-        for name, record in result["arms"].items() if r == rate else ():
-            verdicts[name, size].append(bits(record["correct"]))
-    seeds = max(map(len, verdicts.values()))
-    error = resampled({key: np.array(v) for key, v in verdicts.items() if len(v) == seeds})
-    sizes = {name: sorted(s for n, s in error if n == name) for name, _ in error}
-    out = {}
-    for name, ladder in sizes.items():
-        both = [s for s in ladder if s in sizes["pos"]]  # slopes over the sizes that all arms share
-        slopes = slope(both, np.array([error[name, s] for s in both])) if len(both) > 2 else None
-        out[name] = dict(slope=None if slopes is None else [float(slopes[0]), *interval(slopes[1:])], sizes={})
-        for s in ladder:
-            e = error[name, s]
-            record = dict(error=[float(e[0]), *interval(e[1:])])
-            if name != "sft":
-                curve = np.array([error["sft", n] for n in sizes["sft"]]).T
-                read = [multiplier(sizes["sft"], curve[i], s, e[i]) for i in range(len(e))]
-                record |= dict(multiplier=[read[0][0], *interval([m for m, _ in read[1:]])], at_least=read[0][1])
-                better = 1 - (e - error["sft", s] >= 0)[1:].mean()
-                record |= dict(better_than_sft=float(better))
-            out[name]["sizes"][s] = record
-    return out
+    errors = errors_by_size(cells)
+    sizes = defaultdict(list)
+    for arm, size in sorted(errors, key=lambda key: key[1]):
+        sizes[arm].append(size)
+    summary = {}
+    for arm in sizes:
+        shared = [size for size in sizes[arm] if size in sizes["pos"]]
+        slopes = None
+        if len(shared) > 2:
+            curves = np.array([errors[arm, size] for size in shared])
+            slopes = with_interval(slope(shared, curves))
+        summary[arm] = dict(slope=slopes, sizes={})
+        for size in sizes[arm]:
+            error = errors[arm, size]
+            record = dict(error=with_interval(error))
+            if arm != "sft":
+                record |= data_worth(errors, sizes["sft"], arm, size)
+                record["better_than_sft"] = share(error[1:] < errors["sft", size][1:])
+            summary[arm]["sizes"][size] = record
+    return summary
 
 
 def main():
-    c = parse(LabConfig, __doc__)
+    c = parse_flags(LabFlags, __doc__)
     b = BUDGETS[c.budget]
-    plan = {MAIN: (b["sizes"], b["more"])}
-    plan |= {r: (sizes, [sizes[-1] * 2**i for i in (1, 2, 3)][: len(b["more"])]) for r, sizes in b["rates"].items()}
+    sizes = {MAIN: b["sizes"]} | b["rates"]
+    more = {MAIN: b["more"]}
+    for rate in b["rates"]:
+        larger = [sizes[rate][-1] * factor for factor in (2, 4, 8)]
+        more[rate] = larger[: len(b["more"])]
     cells = {}
-    for first in (True, False):  # seed 0 chooses the epochs, the other seeds take them over
-        groups = defaultdict(list)
-        for rate, (sizes, more) in plan.items():
-            for size in sizes + more:
-                for seed in [0] if first else range(1, b["seeds"]):
-                    groups[size].append((rate, seed, size))
-        work = [key for size in sorted(groups, reverse=True) for key in groups[size]]
-        details = {(rate, size): dict(
-            tuned={} if first else cells[rate, 0, size]["picked"], full=size in plan[rate][0],
-            second=rate == MAIN, long=rate == MAIN and size in (200, 800)) for rate, _, size in work}  # fmt: skip
-        cells |= sweep(c, "scaling", job, work, details=details, pass_at=b["pass_at"], grid=b["grid"],
-                       flags=b["flags"])  # fmt: skip
-    summary = {str(rate): summarise(cells, rate) for rate in plan}
-    rows = [dict(rate=r, seed=s, size=n, arm=name, accuracy=a["accuracy"], spurious=a["spurious"], steps=a["steps"],
-                 epochs=result["picked"].get(name, ""), tokens=a.get("tokens", 0), pass_at_5=a.get("pass@5", ""))
-            for (r, s, n), result in cells.items() for name, a in result["arms"].items()]  # fmt: skip
-    stem = publish(c, "scaling", cells, summary, rows)
-    figure(stem, [lambda axis, rate=rate: panel(axis, rate, summary[str(rate)]) for rate in sorted(plan)])
+    for seeds in ([0], range(1, b["seeds"])):  # seed 0 picks the epochs, the others take them over
+        keys = []
+        details = {}
+        for rate in sizes:
+            for size in sizes[rate] + more[rate]:
+                keys += [(rate, seed, size) for seed in seeds]
+                details[rate, size] = dict(
+                    picked=cells[rate, 0, size]["picked"] if cells else {},
+                    full=size in sizes[rate],
+                    long=rate == MAIN and size in (200, 800),
+                )
+        keys.sort(key=lambda key: -key[2])  # the longest first
+        shared = dict(details=details, grid=b["grid"], flags=b["flags"])
+        cells |= sweep(c, "scaling", work, keys, **shared)
+    summary = {}
+    for rate in sizes:
+        of_rate = [cell for cell in cells.values() if cell["rate"] == rate]
+        summary[str(rate)] = summarise(of_rate)
+    stem = publish(c, "scaling", cells, summary, csv_rows(cells.values()))
+    figure(stem, [partial(panel, rate=rate, arms=summary[rate]) for rate in sorted(summary)])
     for rate, arms in summary.items():
-        for name, arm in arms.items():
-            line = " ".join(f"{n}:{r['error'][0]:.3f}" + (f"({'>=' if r['at_least'] else ''}{r['multiplier'][0]:.1f}x)"
-                            if "multiplier" in r else "") for n, r in arm["sizes"].items())  # fmt: skip
-            print(f"rate {rate} {name:8} slope {arm['slope'] and round(arm['slope'][0], 3)}  {line}")
+        for arm, record in arms.items():
+            print(f"rate {rate} {arm:10} {text(record)}")
 
 
-def job(folder, rate, seed, size, details, **shared):
-    return cell(folder, rate, seed, size, **details[rate, size], **shared)
+def csv_rows(cells):
+    rows = []
+    for cell in cells:
+        for arm, record in cell["arms"].items():
+            row = dict(rate=cell["rate"], seed=cell["seed"], size=cell["size"], arm=arm)
+            row |= {key: record[key] for key in ("accuracy", "spurious", "steps")}
+            row["epochs"] = cell["picked"].get(arm, "")
+            row["tokens"] = record.get("tokens", 0)
+            row["pass_at_5"] = record.get("pass@5", "")
+            rows.append(row)
+    return rows
 
 
-COLOURS = {"sft": "#777777", "sft-long": "#bbbbbb", "pos": "#2b7bba", "neg": "#d1495b", "neg2": "#8c1c2e",
-           "neg-gentle": "#e9a15b"}  # fmt: skip
-LABELS = {"sft": "SFT", "sft-long": "SFT, as long as neg2", "pos": "pos (RFT)", "neg": "neg (per-step DPO)",
-          "neg2": "neg, second round", "neg-gentle": "neg, a fifth of the rate"}  # fmt: skip
+def text(arm):
+    """An arm of the summary as a line."""
+    line = ""
+    if arm["slope"]:
+        line = f"slope {arm['slope'][0]:.3f} "
+    for size, record in arm["sizes"].items():
+        line += f" {size}: {record['error'][0]:.3f} {worth_text(record)}"
+    return line
+
+
+STYLES = {  # colour and label of an arm
+    "sft": ("#777777", "SFT"),
+    "sft-long": ("#bbbbbb", "SFT, as long as neg2"),
+    "pos": ("#2b7bba", "pos (RFT)"),
+    "neg": ("#d1495b", "neg (per-step DPO)"),
+    "neg2": ("#8c1c2e", "neg, second round"),
+    "neg-gentle": ("#e9a15b", "neg, a fifth of the rate"),
+}
 
 
 def panel(axis, rate, arms):
     for name, arm in arms.items():
-        sizes = list(arm["sizes"])
-        errors = np.array([r["error"] for r in arm["sizes"].values()])
-        label, read = LABELS[name], [(r["multiplier"][0], r["at_least"]) for r in list(arm["sizes"].values())
-                                     if "multiplier" in r]  # fmt: skip
+        colour, label = STYLES[name]
+        records = arm["sizes"]
         if name == "sft-long":
-            axis.plot(sizes, errors[:, 0], "x", color=COLOURS[name], label=label)
+            errors = [record["error"][0] for record in records.values()]
+            axis.plot(list(records), errors, "x", color=colour, label=label)
             continue
-        if read:  # what the arm's data is worth to SFT, at the size where that is least and where it is most
-            (least, _), (most, bound) = min(read), max(read)
-            label += f": {least:.1f}x to {'≥' if bound else ''}{most:.2g}x"
-        axis.plot(sizes, errors[:, 0], "o-", ms=3, lw=1.5, color=COLOURS[name], label=label)
-        axis.fill_between(sizes, errors[:, 1], errors[:, 2], color=COLOURS[name], alpha=0.15, lw=0)
-    axis.set(xscale="log", yscale="log", ylim=(0.01, 1), xlabel="training problems |D|", ylabel="test error (greedy)")
-    axis.set_title(f"spurious rate {rate}" + (" (control)" if rate == 0 else ""))
+        if name != "sft":  # worth how much data, where that is least and where it is most
+            worth = sorted(records.values(), key=lambda record: record["multiplier"][0])
+            label += f": {worth_text(worth[0])} to {worth_text(worth[-1])}"
+        plot_errors(axis, records, colour, label)
+    axis.set(yscale="log", ylim=(0.01, 1), title=f"spurious rate {rate}")
     axis.legend(frameon=False, fontsize=7)
 
 
 if __name__ == "__main__":
-    entry(main)
+    run_program(main)

@@ -1,135 +1,304 @@
-"""The star graph (targets 13-15; Fig. 8, App. I): can per-step DPO cross the one decision that imitation cannot?
+"""The star graph (targets 13-15; Fig. 8, App. I): can per-step DPO cross the one decision that
+imitation cannot?
 
     python experiments/star.py --budget cpu
 
-Which of two arms leads to the goal is decided at the first node; a model that follows edges and guesses the arm is
-right on 50%. The paper starts from GPT-2; here a small model first learns to follow edges on graphs with one arm. SFT
-on two arms then gives three starts, defined by loss: under-trained (the decision still costs ln 2 = 0.693), early-
-stopped (the least loss on held-out graphs), over-trained (the least on the training graphs). From each, on the same
-fresh graphs and for as many optimizer steps: rounds of per-step DPO on the model's own paths, and more SFT.
+Which of two arms leads to the goal is decided at the first node. A model that follows edges and
+guesses the arm is right on 50%. The paper starts from GPT-2; here a small model first learns to
+follow edges on graphs with one arm. SFT on two arms then gives three starts, defined by loss:
+
+    under-trained   the decision still costs ln 2 = 0.693
+    early-stopped   the least loss on held-out graphs
+    over-trained    the least loss on the training graphs
+
+From each, on the same fresh graphs and for as many optimizer steps: rounds of per-step DPO on the
+model's own paths, and more SFT.
 """
 
-import itertools
+import math
 import random
+import re
+import sys
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
 
-import numpy as np
 import torch
-from lab import Cell, LabConfig, figure, publish, spread, sweep
+from lab import Cell, LabFlags, figure, publish, spread, spreads, sweep
 
-from data import load_problems, star_problem
-from rollout import entry, parse
-from train import token_logprobs
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import BASE, STEP_STARTS, Problem, parse_flags, split_of
+from rollout import Example, first_pits, make_pairs, run_program, sample, solutions_to_value
+from train import token_logps
 
 BUDGETS = {
-    "smoke": dict(seeds=1, base=200, graphs=40, epochs=[1, 2], fresh=30, rounds=1, flags=dict(
-        test=20, samples=4, rollouts=2)),
-    "cpu": dict(seeds=3, base=250_000, graphs=1000, epochs=[1, 3, 10, 30, 100], fresh=1000, rounds=4, flags={}),
-    "gpu": dict(seeds=5, base=1_000_000, graphs=30_000, epochs=[1, 3, 10, 30, 100], fresh=10_000, rounds=10, flags={}),
-}  # fmt: skip
+    "smoke": dict(
+        seeds=1,
+        base=200,  # graphs with one arm, to learn to follow edges
+        graphs=40,
+        epochs=[1, 2],
+        fresh=30,  # graphs of a round
+        rounds=1,
+        flags=dict(test_limit=20, samples=4, rollouts=2),
+    ),
+    "cpu": dict(
+        seeds=3,
+        base=250_000,
+        graphs=1000,
+        epochs=[1, 3, 10, 30, 100],
+        fresh=1000,
+        rounds=4,
+        flags={},
+    ),
+    "gpu": dict(
+        seeds=5,
+        base=1_000_000,
+        graphs=30_000,
+        epochs=[1, 3, 10, 30, 100],
+        fresh=10_000,
+        rounds=10,
+        flags={},
+    ),
+}
+
+FLAGS = dict(
+    data="star",
+    model=str(BASE),  # its tokenizer knows | / and >
+    prompt="{question}",
+    test_limit=1000,
+    max_new_tokens=8,
+    samples=8,
+    temperature=1.0,
+    negatives=4,
+    rollouts=8,
+    batch=64,
+    beta=0.1,
+)
+
+# ---------------------------------------------------------------- the task
 
 
-def pretrain(folder, base, flags):
-    """The start of all: a model that follows edges, taught on graphs with one arm of 3 to 6 nodes."""
-    cell, rng = Cell(folder, data="star", limit=8, **flags), random.Random(0)
-    problems = [star_problem(rng, "train", 1, rng.choice((3, 4, 5, 6))) for _ in range(base)]
-    examples = [cell.example(p, p.solution) for p in problems]
-    cell.fit("follows", cell.c.model, examples, epochs=1.0, lr=2e-3)
-    return dict(seed=0, loss=decision(cell, "follows", "test"))
+def star_problem(rng, split, arms=2, nodes=4, labels=21):
+    """The paper's star graph (5.3): arms of so many nodes from one centre, their edges shuffled.
+
+    The question holds the edges, the centre and the goal, the end of one arm:
+
+        8>3|3>10|14>13|10>1|17>14|8>17/8>13=     and its solution     8>17>14>13
+    """
+    while True:
+        centre, *others = rng.sample(range(labels), 1 + arms * (nodes - 1))
+        paths = []
+        for start in range(0, len(others), nodes - 1):
+            paths.append([centre, *others[start : start + nodes - 1]])
+        edges = []
+        for path in paths:
+            edges += [f"{a}>{b}" for a, b in pairwise(path)]
+        rng.shuffle(edges)
+        path = rng.choice(paths)
+        question = f"{'|'.join(edges)}/{centre}>{path[-1]}="
+        if split_of(question) == split:
+            answer = ">".join(map(str, path))
+            return Problem("", question, answer, answer, style="arrows")
 
 
-def decision(cell, name, split):
-    """Mean NLL of the first decision (the second node of the path) and of all other tokens."""
-    problems = cell.train[:300] if split == "train" else cell.splits[split]
-    pairs = [(e.prompt, e.response) for e in (cell.example(p, p.solution) for p in problems)]
-    with torch.no_grad():
-        nll = -token_logprobs(cell.policy(name).model, pairs).view(len(pairs), -1).mean(0)  # paths are equally long
+def star_problems(split, count, seed=0):
+    problems = []
+    for i in range(count):
+        problem = star_problem(random.Random(f"{seed} {split} {i}"), split)
+        problem.id = f"{split}-{seed}-{i}"
+        problems.append(problem)
+    return problems
+
+
+def arrow_starts(text):
+    """A step is a node with the '>' behind it."""
+    return [arrow.end() for arrow in re.finditer(">", text)]
+
+
+STEP_STARTS["arrows"] = arrow_starts
+
+# ---------------------------------------------------------------- one seed
+
+
+def pretrain(folder, name, base, flags):
+    """A model that follows edges, from graphs with one arm of 3 to 6 nodes: the arm `follows`."""
+    rng = random.Random(0)
+    problems = []
+    for _ in range(base):
+        problems.append(star_problem(rng, "train", arms=1, nodes=rng.choice((3, 4, 5, 6))))
+    cell = Cell(folder, problems, val=[], test=[], **(FLAGS | flags))
+    cell.fit("follows", cell.c.model, cell.teacher, epochs=1.0, lr=2e-3)
+    test = star_problems("test", cell.c.test_limit)
+    return dict(seed=0, loss=decision(cell.policy("follows"), test))
+
+
+def path_examples(policy, problems):
+    return [Example(p.id, policy.prompt(p), policy.solution(p)) for p in problems]
+
+
+@torch.no_grad()
+def decision(policy, problems):
+    """Mean NLL of the decision, which is the second node of the path, and of all other tokens."""
+    examples = path_examples(policy, problems)
+    logps = token_logps(policy.model, examples).view(len(examples), -1)  # paths are equally long
+    nll = -logps.mean(0)  # of: node > node > node > node <eos>
     return dict(decision=float(nll[2]), rest=float(nll.sum() - nll[2]))
 
 
-def cell(folder, seed, base, graphs, epochs, fresh, rounds, flags):
-    cell = Cell(folder, data="star", limit=graphs, seed=seed, **flags)
-    c, start, trained = cell.c, folder.parent / "base" / "follows", {}
-    for e in epochs:
-        name = f"sft-{e}"
-        cell.fit(name, start, cell.teacher, epochs=e, lr=5e-4)
-        trained[name] = cell.judge(name) | {split: decision(cell, name, split) for split in ("val", "train")}
-    by_val = sorted(trained, key=lambda name: trained[name]["val"]["decision"])
-    under = min(trained, key=lambda name: abs(trained[name]["train"]["decision"] - np.log(2)))
-    over = min(trained, key=lambda name: trained[name]["train"]["decision"])
-    starts, curves = {"under-trained": under, "early-stopped": by_val[0], "over-trained": over}, {}
-    for kind, method in itertools.product(starts, ("dpo", "sft")):
-        now, curve, prefix = starts[kind], [], f"{kind}-{method}"
-        curve.append(dict(steps=0, accuracy=cell.accuracy(now, "test"), **decision(cell, now, "test")))
-        for i in range(rounds):
-            cell.train = load_problems("star", "train", fresh, 1000 * (seed + 1) + i)
-            cell.by_id = {p.id: p for p in cell.train}
-            name = f"{prefix}-{i + 1}"
-            if method == "dpo":
-                rows, _ = cell.draw(now, i, into=f"{prefix}-{i + 1}-draws")
-                _, pairs, _ = cell.learn(now, rows, i, into=f"{prefix}-{i + 1}-draws", pairs="step", scan="full")
-                if not pairs:
-                    break
-                steps = cell.fit(name, now, pairs=pairs, epochs=1.0, lr=2e-4, beta=0.1)
-                curve.append(dict(steps=curve[-1]["steps"] + steps, pairs=len(pairs)))
-            else:
-                if i + 1 >= len(curves[f"{kind}-dpo"]):
-                    break
-                steps = curves[f"{kind}-dpo"][i + 1]["steps"] - curves[f"{kind}-dpo"][i]["steps"]
-                examples = [cell.example(p, p.solution) for p in cell.train]
-                cell.fit(name, now, examples, epochs=steps * c.batch / len(examples), lr=2e-4)
-                curve.append(dict(steps=curve[-1]["steps"] + steps, pairs=""))
-            curve[-1] |= dict(accuracy=cell.accuracy(name, "test"), **decision(cell, name, "test"))
-            now = name
-        curves[prefix] = curve
+def compare_starts(folder, seed, graphs, epochs, fresh, rounds, flags):
+    """SFT of several lengths, and from three of them both ways to go on."""
+    flags = FLAGS | flags
+    cell = Cell(
+        folder,
+        train=star_problems("train", graphs, seed),
+        val=star_problems("val", 400),
+        test=star_problems("test", flags["test_limit"]),
+        seed=seed,
+        **flags,
+    )
+    follows = folder.parent / "base" / "follows"
+    trained = {}
+    for count in epochs:
+        name = f"sft-{count}"
+        cell.fit(name, follows, cell.teacher, epochs=count, lr=5e-4)
+        val = decision(cell.policy(name), cell.splits["val"])
+        train = decision(cell.policy(name), cell.train[:300])
+        trained[name] = cell.judge(name) | dict(val=val, train=train)
+    starts = choose_starts(trained)
+    curves = {}
+    for kind, name in starts.items():
+        for method, curve in go_on(cell, name, kind, fresh, rounds).items():
+            curves[f"{kind}-{method}"] = curve
     return dict(seed=seed, starts=starts, trained=trained, curves=curves)
 
 
-def job(folder, seed, **shared):
-    if seed == "base":
-        return pretrain(folder, shared["base"], shared["flags"])
-    return cell(folder, seed, **shared)
+def choose_starts(trained):
+    """{kind of start: arm}, by the NLL of the decision."""
+
+    def loss(name, split):
+        return trained[name][split]["decision"]
+
+    return {
+        "under-trained": min(trained, key=lambda name: abs(loss(name, "train") - math.log(2))),
+        "early-stopped": min(trained, key=lambda name: loss(name, "val")),
+        "over-trained": min(trained, key=lambda name: loss(name, "train")),
+    }
+
+
+def go_on(cell, start, kind, fresh, rounds):
+    """Rounds of per-step DPO from the arm `start`, and as many steps of SFT on the same graphs.
+    Returns a curve for each, with a point after each round."""
+    dpo_arm = start
+    sft_arm = start
+    steps = 0
+    curves = {"dpo": [point(cell, start, steps)], "sft": [point(cell, start, steps)]}
+    for i in range(1, rounds + 1):
+        problems = star_problems("train", fresh, seed=1000 * (cell.c.seed + 1) + i)
+        pairs = step_pairs(cell, dpo_arm, problems, i, f"{kind}-samples-{i}")
+        if not pairs:
+            break
+        round_steps = cell.fit(f"{kind}-dpo-{i}", dpo_arm, pairs, epochs=1.0, lr=2e-4)
+        examples = path_examples(cell.base, problems)
+        epochs = round_steps * cell.c.batch / fresh
+        cell.fit(f"{kind}-sft-{i}", sft_arm, examples, epochs=epochs, lr=2e-4)
+        dpo_arm = f"{kind}-dpo-{i}"
+        sft_arm = f"{kind}-sft-{i}"
+        steps += round_steps
+        curves["dpo"].append(point(cell, dpo_arm, steps) | dict(pairs=len(pairs)))
+        curves["sft"].append(point(cell, sft_arm, steps))
+    return curves
+
+
+def step_pairs(cell, name, problems, i, folder):
+    """Pairs of single steps from the wrong paths of arm `name` on fresh graphs."""
+    by_id = {problem.id: problem for problem in problems}
+    folder = cell.folder / folder
+    folder.mkdir(exist_ok=True)
+    policy = cell.policy(name, i)
+    c = cell.c
+    rollouts = sample(policy, problems, folder / "rollouts.jsonl", c.samples)
+    solutions = solutions_to_value(policy, problems, rollouts, wrong=c.negatives)
+    first_pits(policy, by_id, solutions, folder / "values.jsonl", k=c.rollouts, scan="full")
+    return make_pairs("step", policy, by_id, rollouts, solutions, c.seed)
+
+
+def point(cell, name, steps):
+    """How good an arm is on the test graphs, after so many optimizer steps."""
+    loss = decision(cell.policy(name), cell.splits["test"])
+    return dict(steps=steps, accuracy=cell.accuracy(name, "test")) | loss
+
+
+# ---------------------------------------------------------------- all seeds
 
 
 def main():
-    c = parse(LabConfig, __doc__)
-    b = BUDGETS[c.budget]
-    shared = {key: b[key] for key in ("base", "graphs", "epochs", "fresh", "rounds", "flags")}
-    first = sweep(c, "star", job, [("base",)], **shared)
-    cells = sweep(c, "star", job, [(seed,) for seed in range(b["seeds"])], **shared)
+    c = parse_flags(LabFlags, __doc__)
+    budget = dict(BUDGETS[c.budget])
+    seeds = range(budget.pop("seeds"))
+    base = budget.pop("base")
+    first = sweep(c, "star", pretrain, [("base",)], base=base, flags=budget["flags"])
+    cells = sweep(c, "star", compare_starts, [(seed,) for seed in seeds], **budget)
+    summary = summarize(cells.values())
+    rows = []
+    for cell in cells.values():
+        for name, curve in cell["curves"].items():
+            rows += [dict(seed=cell["seed"], curve=name, **values) for values in curve]
+    stem = publish(c, "star", first | cells, summary, rows)
+    panels = [partial(panel, summary=summary, key=key) for key in ("accuracy", "decision")]
+    figure(stem, panels)
+    report(summary)
+
+
+def summarize(cells):
+    """Means and intervals over seeds, of the three starts and of all curves."""
     summary = {"starts": {}, "curves": {}}
     for kind in ("under-trained", "early-stopped", "over-trained"):
-        records = [r["trained"][r["starts"][kind]] for r in cells.values()]
+        chosen = [cell["starts"][kind] for cell in cells]
+        records = [cell["trained"][name] for cell, name in zip(cells, chosen, strict=True)]
         summary["starts"][kind] = dict(
-            accuracy=spread([r["accuracy"] for r in records]), chosen=[r["starts"][kind] for r in cells.values()],
-            train=spread([r["train"]["decision"] for r in records]),
-            val=spread([r["val"]["decision"] for r in records]))  # fmt: skip
+            accuracy=spread([record["accuracy"] for record in records]),
+            chosen=chosen,
+            train=spread([record["train"]["decision"] for record in records]),
+            val=spread([record["val"]["decision"] for record in records]),
+        )
         for method in ("dpo", "sft"):
-            curves = [r["curves"][f"{kind}-{method}"] for r in cells.values()]
-            summary["curves"][f"{kind}-{method}"] = [
-                {key: spread([curve[i][key] for curve in curves]) for key in ("steps", "accuracy", "decision")}
-                for i in range(min(map(len, curves)))]  # fmt: skip
-    rows = [dict(seed=r["seed"], curve=name, **point) for r in cells.values() for name, curve in r["curves"].items()
-            for point in curve]  # fmt: skip
-    stem = publish(c, "star", first | cells, summary, rows)
-    figure(stem, [lambda axis, key=key: panel(axis, summary, key) for key in ("accuracy", "decision")])
-    for kind, s in summary["starts"].items():
-        print(f"{kind:14} accuracy {s['accuracy'][0]:.3f}   decision, NLL: train {s['train'][0]:.3f} "
-              f"val {s['val'][0]:.3f}   {s['chosen']}")  # fmt: skip
+            name = f"{kind}-{method}"
+            curves = [cell["curves"][name] for cell in cells]
+            points = zip(*curves, strict=False)  # as long as the shortest
+            keys = ("steps", "accuracy", "decision")
+            summary["curves"][name] = [spreads(seeds, keys) for seeds in points]
+    return summary
+
+
+def report(summary):
+    for kind, start in summary["starts"].items():
+        print(
+            f"{kind:14} accuracy {start['accuracy'][0]:.3f}   decision, NLL: "
+            f"train {start['train'][0]:.3f} val {start['val'][0]:.3f}   {start['chosen']}"
+        )
     for name, curve in summary["curves"].items():
-        print(f"{name:18} accuracy " + " ".join(f"{p['steps'][0]:.0f}:{p['accuracy'][0]:.3f}" for p in curve))
+        points = [f"{mean['steps'][0]:.0f}:{mean['accuracy'][0]:.3f}" for mean in curve]
+        print(f"{name:18} accuracy {' '.join(points)}")
 
 
 def panel(axis, summary, key):
+    """The curves of all starts: accuracy, or NLL of the decision, over optimizer steps."""
     colours = {"under-trained": "#d1495b", "early-stopped": "#2b7bba", "over-trained": "#777777"}
+    lines = {"dpo": "o-", "sft": "s:"}
     for name, curve in summary["curves"].items():
         kind, method = name.rsplit("-", 1)
-        axis.plot([p["steps"][0] for p in curve], [p[key][0] for p in curve], "o-" if method == "dpo" else "s:", ms=3,
-                  color=colours[kind], label=name)  # fmt: skip
-    axis.set(xlabel="optimizer steps from the start", title={"accuracy": "exact match, held-out graphs",
-             "decision": "NLL of the decision"}[key])  # fmt: skip
-    axis.axhline({"accuracy": 0.5, "decision": np.log(2)}[key], color="#cccccc", lw=1)
+        steps = [mean["steps"][0] for mean in curve]
+        values = [mean[key][0] for mean in curve]
+        axis.plot(steps, values, lines[method], ms=3, color=colours[kind], label=name)
+    if key == "accuracy":
+        axis.set_title("exact match, held-out graphs")
+        axis.axhline(0.5, color="#cccccc", lw=1)  # a guess of the arm
+    else:
+        axis.set_title("NLL of the decision")
+        axis.axhline(math.log(2), color="#cccccc", lw=1)
+    axis.set_xlabel("optimizer steps from the start")
     axis.legend(frameon=False, fontsize=6)
 
 
 if __name__ == "__main__":
-    entry(main)
+    run_program(main)

@@ -1,33 +1,78 @@
-"""data.py: reading, the answer checker, steps, distances, the tokenizer. Each docstring names the bug it guards."""
+"""data.py: problem files, run folders, flags, the answer checker, steps, the tokenizer.
+
+Each docstring names the bug it guards.
+"""
 
 import json
+import os
 import random
+import subprocess
+import sys
 import time
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import data
-from data import DataError, answers_equal, extract_answer, is_correct, split_steps
+from data import UserError, flag, parse_flags, read_problems, read_rows, split_steps
+
+TRAINING_TEXTS = [
+    "Tom has 3 pens.\n\nHe buys 4 more.\n#### 7\n",
+    "so $x = 2$. Then $y = 3$.\nThe answer is 5",
+] * 5
 
 
 def write(path, *rows):
-    path.write_bytes(b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows))
+    """A JSONL file of rows; bytes are written as they are."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
     return path
 
 
 @pytest.fixture(scope="module")
 def byte_level():
-    """Trained on too little for most non-ASCII characters, which therefore take several tokens each."""
+    """As GPT-2's: a token begins with the space before a word. Trained on so little that most
+    characters beyond ASCII take several tokens."""
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    lines = ["Tom has 3 pens.\n\nHe buys 4 more.\n#### 7\n", "so $x = 2$. Then $y = 3$.\nThe answer is 5"] * 5
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    options = {"special_tokens": ["<eos>"], "initial_alphabet": alphabet, "show_progress": False}
-    bpe.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=330, **options))
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(TRAINING_TEXTS, trainer)
     return data.Tokenizer(bpe, bpe.token_to_id("<eos>"))
+
+
+@pytest.fixture(scope="module")
+def sentencepiece():
+    """As Llama-2's: '▁' for a space, one before the first word, bytes for unknown characters, and a
+    decoder that drops the first space."""
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+    bpe = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    special = ["<unk>", "<s>", "</s>", *pieces]
+    trainer = trainers.BpeTrainer(vocab_size=360, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator(TRAINING_TEXTS, trainer)
+    settings = json.loads(bpe.to_str())
+    settings["added_tokens"] = settings["added_tokens"][:3]  # bytes are no special tokens
+    bpe = tokenizers.Tokenizer.from_str(json.dumps(settings))
+    bpe.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    bpe.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return data.Tokenizer(bpe, 2)
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +84,61 @@ def word_level():
     return data.Tokenizer(words, 0)
 
 
-# --- reading ---
+# --- Problem files ---
 
 
-def test_reads_three_formats(tmp_path):
+def test_reads_gsm8k_and_math(tmp_path):
     """A solution used as the answer; annotations left in the training text; MATH cut like GSM8K."""
     gsm = {"question": "How many?", "answer": "2 + 3 = <<2+3=5>>5 pens.\n#### 5"}
     boxed = {"problem": "Find $x$.", "solution": r"So $x=\boxed{\frac{1}{2}}$; the answer = right."}
-    path = write(tmp_path / "p.jsonl", gsm, b"", boxed, {"prompt": "1+1?", "answer": "2", "id": "mine"})
-    a, b, c = data.read_problems(path)
+    path = write(
+        tmp_path / "p.jsonl", gsm, b"", boxed, {"prompt": "1+1?", "answer": "2", "id": "mine"}
+    )
+    a, b, c = read_problems(path)
     assert (a.id, a.solution, a.answer, a.style) == ("0", "2 + 3 = 5 pens.\n#### 5", "5", "lines")
     assert (b.id, b.answer, b.style) == ("2", r"\frac{1}{2}", "math")
     assert (c.id, c.question, c.solution, c.answer) == ("mine", "1+1?", "", "2")
-    assert len(data.read_problems(path, limit=1)) == 1
+    assert len(read_problems(path, limit=1)) == 1
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        (
+            dict(prompt="q", solution="It is 9 * 2.", answer="18"),  # Big-Math
+            ("q", "It is 9 * 2.", "18"),
+        ),
+        (
+            dict(query="q", response="9 * 2 = 18\n#### 18\nThe answer is: 18"),  # MetaMathQA
+            ("q", "9 * 2 = 18\n#### 18\nThe answer is: 18", "18"),
+        ),
+        (
+            dict(problem="q", question="q", solution=r"So \boxed{025}.", answer="25"),  # AIME
+            ("q", r"So \boxed{025}.", "25"),
+        ),
+        (dict(question=7, problem="q", answer=18), ("q", "", "18")),
+        (dict(question="q", answer=18.0), ("q", "", "18.0")),
+        (dict(question="q", solution=None, answer="x=2\n#### 2"), ("q", "x=2\n#### 2", "2")),
+        (dict(problem="q", answer="", output=r"\boxed{3}"), ("q", r"\boxed{3}", "3")),
+        (dict(prompt="q", solution="see below", response=r"\boxed{3}"), ("q", r"\boxed{3}", "3")),
+        (
+            dict(prompt="q", response=r"\boxed{4}", output=r"\boxed{3}", answer=3),
+            ("q", r"\boxed{3}", "3"),
+        ),
+    ],
+)
+def test_names_in_use(tmp_path, row, expected):
+    """A public file refused for the names of its columns, or its solutions dropped in silence."""
+    problem = read_problems(write(tmp_path / "p.jsonl", row))[0]
+    assert (problem.question, problem.solution, problem.answer) == expected
+
+
+def test_repeated_ids_are_numbered(tmp_path):
+    """GSM-Symbolic refused because its 50 variants of a problem share an id."""
+    row = dict(question="q", answer="2")
+    rows = [row | {"id": name} for name in (7, 7, "7-2", 7)]
+    path = write(tmp_path / "p.jsonl", *rows)
+    assert [p.id for p in read_problems(path)] == ["7", "7-2", "7-2-2", "7-3"]
 
 
 GOOD = {"prompt": "1+1?", "answer": "2"}
@@ -60,222 +147,334 @@ GOOD = {"prompt": "1+1?", "answer": "2"}
 @pytest.mark.parametrize(
     "rows, line, words",
     [
-        ([GOOD, {"id": "0", **GOOD}], 2, "unique"),
-        ([GOOD, {"id": True, **GOOD}], 2, "'id'"),
-        ([{"prompt": "x", "answer": 2}], 1, "'answer'"),
-        ([{"prompt": "a\0b", "answer": "2"}], 1, "NUL"),
-        ([{"prompt": "  ", "answer": "2"}], 1, "'prompt'"),
-        ([{"text": "x"}], 1, "question + answer"),
-        ([b"[1, 2]"], 1, "question + answer"),
+        ([{"prompt": "  ", "answer": "2"}], 1, "no question"),
+        ([{"text": "x"}], 1, "no question, a text under question, problem, prompt, query"),
+        ([b"[", GOOD, b"]"], 1, "JSON array"),
         ([GOOD, b"\xff\xfe"], 2, "UTF-8"),
+        ([GOOD, b'"x"'], 2, "object"),
         ([b'{"prompt": "\\ud800", "answer": "2"}'], 1, "UTF-8"),
-        ([b"\xef\xbb\xbf" + json.dumps(GOOD).encode()], 1, "byte order mark"),
-        ([GOOD, b"{" * 100_000], 2, "JSON"),
-        ([b"[" * 100_000], 1, "JSON"),
-        ([b" " * 10 + b"x" * 1_100_000], 1, "bytes"),
-        ([{"question": "x", "answer": "five"}], 1, "####"),
-        ([{"problem": "x", "solution": "five"}], 1, "boxed"),
-        ([b"", b"  "], 1, "no problems"),
-        ([], 1, "no problems"),
+        ([GOOD, b'{"prompt": "x", "ans'], 2, "JSON"),
+        ([GOOD, {"question": "x"}], 2, "gold"),
+        ([{"question": "x", "answer": None}], 1, "gold"),
+        ([{"question": "x", "answer": True}], 1, "gold"),
+        ([{"question": "x", "answer": "five\nsix"}], 1, "gold"),
+        ([{"problem": "x", "solution": "five"}], 1, "gold"),
+        ([{"problem": "x", "solution": r"So \boxed{5}." + " so" * 2000}], 1, "gold"),
     ],
 )
-def test_bad_files_name_the_line(tmp_path, rows, line, words):
-    """A traceback, a wrong line number, or silently dropped problems instead of one line that says what to do."""
+def test_bad_lines_are_named(tmp_path, rows, line, words):
+    """A traceback, a wrong line number, a gold answer read as '' that nothing can match."""
     path = write(tmp_path / "bad.jsonl", *rows)
-    with pytest.raises(DataError) as error:
-        data.read_problems(path)
+    with pytest.raises(UserError) as error:
+        read_problems(path)
     message = str(error.value)
     assert message.startswith(f"{path}:{line}: ") and words in message and "\n" not in message
-    assert message.count(";") >= 2, "problem; expected; mend"
 
 
-def test_missing_file(tmp_path):
-    """An OSError traceback for a mistyped path."""
-    with pytest.raises(DataError, match="check the path"):
-        data.read_problems(tmp_path / "none.jsonl")
+def test_files_without_problems(tmp_path):
+    """An OSError traceback for a mistyped path; an empty file that trains on nothing."""
+    with pytest.raises(UserError, match="none.jsonl: No such file"):
+        read_problems(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="no problems"):
+        read_problems(write(tmp_path / "empty.jsonl", b"", b"  "))
 
 
-def test_fuzzed_files_raise_nothing_else(tmp_path):
-    """An exception other than DataError for a damaged file."""
-    rng = random.Random(0)
-    good = json.dumps({"question": "é?", "answer": "a\n#### 5"}).encode()
-    for _ in range(300):
-        line = bytearray(good)
-        for _ in range(rng.randrange(1, 6)):
-            line[rng.randrange(len(line))] = rng.randrange(256)
-        try:
-            data.read_problems(write(tmp_path / "f.jsonl", bytes(line)))
-        except DataError as error:
-            assert "\n" not in str(error).replace(str(tmp_path), "")
+def test_an_empty_box_is_left_out(tmp_path, capsys):
+    """The 7,500 problems of MATH refused, or valued against '', because two boxes are empty."""
+    empty = {"problem": "x", "solution": r"There are $\boxed{}$ primes."}
+    path = write(tmp_path / "p.jsonl", GOOD, empty, GOOD)
+    assert [p.id for p in read_problems(path)] == ["0", "2"]
+    assert f"{path}:2: left out" in capsys.readouterr().err
+
+
+def test_byte_order_mark(tmp_path):
+    """A file that a Windows editor saved."""
+    path = write(tmp_path / "p.jsonl", b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
+    assert read_problems(path)[0].answer == "2"
 
 
 def test_format_prompt_keeps_braces():
     """str.format fails on, or rewrites, the braces of LaTeX."""
-    assert data.format_prompt("{a} {question}", r"\frac{1}{question}") == r"{a} \frac{1}{question}"
-    with pytest.raises(DataError, match="expected"):
+    prompt = data.format_prompt("{a} {question}", r"\frac{1}{question}")
+    assert prompt == r"{a} \frac{1}{question}"
+    with pytest.raises(UserError, match="question"):
         data.format_prompt("Q: {}", "x")
 
 
-# --- answers ---
-
-EQUAL = [
-    ("8,000", "8000"), ("9{,}500", "9500"), (r"9\,500", "9500"), ("10.", "10"), ("10.00", "10"), (".5", "0.5"),
-    ("18 miles", "18"), ("$18", "18"), (r"\$18", "18"), ("18 cm", "18"), ("18cm", "18"), (r"5\text{ cm}", "5"),
-    (r"15\mbox{ cm}^2", "15"), ("18 dollars per day", "18"), (r"90^\circ", "90"), ("50%", "50"), (r"50\%", "50"),
-    ("3/4", "0.75"), (r"\frac34", "3/4"), (r"\dfrac{3}{4}", ".75"), ("1 1/2", "1.5"), (r"-3\frac12", "-3.5"),
-    ("−5", "-5"), ("-$5", "-5"), ("5", "5/1"), ("1e3", "1000"), (r"1.5 \times 10^3", "1500"), ("10^{5}", "100,000"),
-    ("x = 5", "5"), (r"x \in [2,5]", "[2,5]"), (r"\text{(B)}", "B"), ("(B)", "b"), (r"\text{even}", "Even"),
-    (r"\left( 3, \frac{\pi}{2} \right)", "(3,pi/2)"), ("(100,101)", "(100, 101)"),
-    (r"\sqrt2", r"\sqrt 2"),
-    (r"\frac{1}{2}\sqrt{3}", r"\frac{\sqrt3}{2}"), ("2x+3", "3 + 2x"), ("x^2-2x+1", "(x-1)^2"), ("5-2i", "-2i+5"),
-    (r"1 \pm \sqrt{19}", r"1-\sqrt{19}, 1+\sqrt{19}"), ("1,2", "2, 1"), (r"\{1,2\}", "1,2"),
-    (r"-2\text{ or }3", "3,-2"),
-    (r"\begin{pmatrix} \frac12 \\ 3 \end{pmatrix}", r"\begin{bmatrix}0.5\\3\end{bmatrix}"), ("7:30", "7:30"),
-    (r"(-\infty,-2) \cup (-1,1]", r"(-\infty, -2)\cup(-1,1]"), ("2516_8", "2516_{8}"), ("<<9*2=18>>18", "18"),
-    (r"\angle ABC = 55^\circ", r"55^\circ"), ("a_{10} = 103", "103"), ("5 = x", "x = 5"), (r"\frac14 = 0.25", "1/4"),
-    (r"\frac{5}{13} \approx 0.38", r"\frac{5}{13}"), (r"x = \text{(B)}", "B"), ("f(x) = 2x", "y = 2x"),
-    ("x = 3, x = -1", "-1, 3"), (r"x = 3 \text{ or } x = -1", "-1,3"), ("2x - 2y + 2 = 0", "y = x + 1"),
-    ("0 = x + 2y - z", "x + 2y - z = 0"), ("3√10", r"3\sqrt{10}"), ("√51", r"\sqrt{51}"), ("13 m", "13"),
-    ("27 °F", "27"),
-    (r"\left(\begin{array}{cc} 1 & 2 \\ 3 & 4 \end{array}\right)", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"),
-    ("\\begin{bmatrix} 1 \\\\\n 2 \\\\ \\end{bmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"), ("£5", r"\pounds 5"),
-    (r"\left[\begin{matrix} 1 \\ 2 \end{matrix}\right]", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
-    ("x**2 - 3", "x^2-3"), (r"11,\! 111,\! 100", "11,111,100"), (r"\cot(x)", r"\cot x"), (r"2^(4950)", "2^{4950}"),
-    ("a < b \\leq 5", r"a < b \le 5"),
-    ("x > 5", r"(5,\infty)"), (r"3 \ge x > -2", "(-2,3]"),
-    (r"x < 2 \text{ or } x \geq 3", r"(-\infty,2)\cup[3,\infty)"),
-    (r"\mathbf{v} = \begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"), ("5; 7", "5,7"),
-    ("5:30 PM", r"5\!:\!30 \text{ p.m.}"), ("05:00", "5:00"), (r"\frac{3}{5}", "3:5"), (r"25\pi\text{ cm}^3", r"25\pi"),
-    (r"\mathbb{R}", r"(-\infty,\infty)"), (r"\varnothing", r"\emptyset"), (r"\boldsymbol{5}", "5"), (r"\quad 5", "5"),
-]  # fmt: skip
-UNEQUAL = [
-    ("x+y=1", "10^{-400}=0"),
-    ("12", "1 2"), ("1,2", "12"), ("-5", "5"), ("50%", "0.5"), ("", ""), (r"\text{}", ""), ("0", ""), ("$", "$"),
-    ("(1,2)", "(2,1)"), ("(0,1)", "[0,1]"), ("(1,2)", "1"), ("3", "3,4"), ("even", "odd"), ("CBAD", "ABCD"),
-    ("x+1", "x+2"), ("5x", "5"), ("1/3", "0.333"), ("9" * 200, "9" * 199), ("1e999999999", "2"), ("7:30", "7:3"),
-    ("9^{999999999}", "3"), ("*", "* *"), ("2516_8", "2516"), ("B", "C"), ("1/0", "2/0"),
-    (r"\begin{matrix}1&2\end{matrix}", r"\begin{matrix}1\\2\end{matrix}"), ("x + y = 0", "x + 2y = 0"),
-    ("x = 3", "y = 3"), ("AB=9, CD=4", "AB=4, CD=9"), (r"\frac{12}{3}\tan x", r"\frac{1}{23}\tan x"),
-    (r"\tan x = 2x", r"\cot x = 2x"), ("x + y + z = 0", "0"),
-    (r"x \ge 5", r"(5,\infty)"), ("x > 5", r"(-\infty,5)"), ("x < y", "(0,y)"), ("x = 5", "x = 6"),
-]  # fmt: skip
+# --- Run folders ---
 
 
-@pytest.mark.parametrize("a, b", EQUAL)
-def test_two_formats_of_one_answer(a, b):
-    """'10.' counted as wrong for '10' turns a good step into a first pit."""
-    assert answers_equal(a, b) and answers_equal(b, a) and answers_equal(a, a)
-    assert is_correct(rf"Hence it is $\boxed{{{a}}}$.", b)
+def test_rows_survive_a_crash(tmp_path):
+    """Half a last line that spoils the file for good; a whole one that loses its row."""
+    path = tmp_path / "rows.jsonl"
+    assert read_rows(path) == []
+    rows = [{"id": "a", "text": "é\r\u2028"}, {"id": "b"}]
+    data.append_rows(path, rows[:1])
+    data.append_rows(path, rows[1:])
+    whole = path.read_bytes()
+    assert read_rows(path) == rows
+    last = len(b'{"id": "b"}\n')
+    for cut in range(2, last):
+        path.write_bytes(whole[:-cut])
+        assert read_rows(path) == rows[:1]
+        data.append_rows(path, rows[1:])
+        assert path.read_bytes() == whole
+    path.write_bytes(whole[:-1])  # only the newline is missing
+    assert read_rows(path) == rows and path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("a, b", UNEQUAL)
-def test_different_answers(a, b):
-    """Lost minus signs, pairs read as numbers, 0 = 0 for two answers that could not be read."""
-    assert not answers_equal(a, b) and not answers_equal(b, a)
+@pytest.mark.parametrize("line", [b'{"id": "b"', b'{"id": 2}', b'["id"]', b"{}", b""])
+def test_a_broken_row_is_named(tmp_path, line):
+    """Rows dropped in silence, so that their problems are sampled again beside them."""
+    path = write(tmp_path / "rows.jsonl", {"id": "a"}, line, {"id": "c"})
+    with pytest.raises(UserError, match="rows.jsonl:2: not a JSON object with id"):
+        read_rows(path)
 
 
-RIGHT = [
-    ("#### 5 apples", "5"), ("#### 1,234.50", "1234.5"), ("#### -3", "-3"), ("#### 10.", "10"),
-    ("#### $10", "10"),
-    ("1\n#### 3\nno\n#### 4", "4"), ("#### 7\n#### ", "7"), ("#### 9 * 2 = 18", "18"), ("72, in total", "72"),
-    ("#### 18\n\nThanks", "18"), (r"\boxed 2", "2"), ("The answer is 18.", "18"),
-    ("The answer is $18 per day.", "18"), ("**18**", "18"),
-    ("The final answer is $18$. I hope it is correct.", "18"), ("Answer:\n\n18", "18"), ("**Answer:** 18", "18"),
-    ("So she makes $18 every day.", "18"), ("She buys 3.\nShe makes\n$18 every day.\nWell done!", "18"),
-    ("#### Step 3: 5 + 5\nThe total = 18.", "18"), (r"\boxed{18}. So the answer is correct.", "18"),
-    (r"\boxed{5} No, the answer is 6.", "6"), ("Answer: Ann sells 9 eggs a day, all year. 9*2 = 18.", "18"),
-    (r"So the answer is $\frac{3}{4}$ of it.", "3/4"), (r"Thus $x=\frac34$.", ".75"),
-    ("A: 26", "26"), ("It lasts 10-18 days", "18"),
-    ("The answer is (B).", r"\text{(B)}"), ("The answer is even.", r"\text{even}"), (r"\boxed{x=5}", "5"),
-    (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt2}"), ("#### 5", "2+3 = <<2+3=5>>5\n#### 5"),
-    ("It is 5-8=-3", "-3"), ("2516", "2516_8"), (r"\boxed{1011 \text{ (base 2)}}", "1011_2"), (r"\fbox{18}", "18"),
-    (r"so \boxed{14}. Can it be? The answer is yes!", "14"), ("🎉 The answer is 34! 🎉", "34"),
-    ("The answer is `34`.", "34"), ('The answer is "34".', "34"), ("She has 3.\n#### 18</s>", "18"),
-    ("The answer is 3, since 4 - 1 = 3 boxes and 2 - 1 = 1.", "3"), ("The answer is:\n\\[\nx+1\n\\]", "1+x"),
-    ("She makes **$18** from 9 eggs.", "18"), ("**3. Total:** 9 * 2 = 18", "18"),
-    (r"\cos^{2}{(\alpha)}", r"\cos^2\alpha"),
-    ("Thus\n<answer>x + 1</answer>", "1+x"), ("#### Cost of 3 apples\n\n3 * 5 = 15", "15"),
-    (r"It is $\$18.90$.", "18.90"),
-    ("Answer: x^8 + x^7 + x^6 + x^5 + x^4 + x^3 + 1", "1 + x^3 + x^4 + x^5 + x^6 + x^7 + x^8"),
-]  # fmt: skip
-WRONG = [
-    ("", "5"), (None, "5"), (5.5, "5"), ("#### ", "5"), ("#### ,", "5"), ("#### 15", "5"), ("-5", "5"), ("3/4", "4"),
-    (r"\boxed{(3,5)}", "3"), (r"\boxed{5 or 3}", "5"), (r"\boxed{", "5"), (r"\boxed{5x}", "5"), ("5", ""), ("5", None),
-    ("#### 18\n#### 19", "18"), ("hello", "5"), (r"\boxed{}", r"\boxed{}"), ("It costs $5 more than $6", "5"),
-    (r"\boxed{2517}", "2516_8"), (r"\boxed{2516_9}", "2516_8"), ("#### Cost of 3 apples\n\n3 * 5 = 15", "3"),
-    ("The answer is 4, since 4 - 1 = 3 boxes.", "3"), (r"Then 13. \fbox{14}", "13"),
-]  # fmt: skip
+def test_a_last_row_of_another_kind_stays(tmp_path):
+    """A row that lacks a key deleted, as if a crash had cut it, since no newline follows."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": 2}')
+    with pytest.raises(UserError, match="rows.jsonl:1"):
+        read_rows(path)
+    assert path.read_text() == '{"id": 2}'
 
 
-@pytest.mark.parametrize("response, gold", RIGHT)
-def test_right_responses(response, gold):
-    """The first marker instead of the last, '[\\d,]+' that matches a comma, nested braces cut short."""
-    assert is_correct(response, gold), extract_answer(response)
+def test_files_are_never_half_written(tmp_path):
+    """A crash while a file is written again that leaves neither the old nor the new one."""
+    path = tmp_path / "rows.jsonl"
+    data.write_rows(path, [{"id": "a"}])
+
+    def failing_rows():
+        yield {"id": "b"}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        data.write_rows(path, failing_rows())
+    assert read_rows(path) == [{"id": "a"}]
+    data.write_json(tmp_path / "value.json", {"é": 1})
+    assert data.read_json(tmp_path / "value.json") == {"é": 1}
+    with pytest.raises(UnicodeEncodeError):
+        data.write_json(tmp_path / "value.json", {"half an emoji": "\ud83c"})
+    assert data.read_json(tmp_path / "value.json") == {"é": 1}
 
 
-@pytest.mark.parametrize("response, gold", WRONG)
-def test_wrong_responses(response, gold):
-    """Any number somewhere in the text accepted; no answer equal to no answer."""
-    assert is_correct(response, gold) is False, extract_answer(response)
+def test_only_rank_zero_writes(tmp_path, monkeypatch):
+    """Each row once per GPU."""
+    monkeypatch.setattr(data, "RANK", 1)
+    data.append_rows(tmp_path / "rows.jsonl", [{"id": "a"}])
+    data.write_rows(tmp_path / "rows.jsonl", [{"id": "a"}])
+    data.write_json(tmp_path / "value.json", 1)
+    data.claim_folder(Settings(), tmp_path / "config.json")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "half.jsonl").write_text('{"id"')
+    assert read_rows(tmp_path / "half.jsonl") == []
+    assert (tmp_path / "half.jsonl").read_text() == '{"id"'
 
 
-def test_no_answer_is_none():
-    """A whole unfinished solution passed on as if it were an answer."""
-    assert extract_answer("First he buys 3.\nThen he") is None and extract_answer("") is None
-    assert extract_answer(" 42 ") == "42" and extract_answer(r"\boxed{\frac{1}{2}}") == r"\frac{1}{2}"
+# --- Flags and config.json ---
 
 
-PIECES = "#### |\\boxed{|{|(|1,|-|\\frac|answer is |((1,|\\text{|$|9|9 |\\sqrt|x^|2^9^|1e9|\n|<<|\\pm |\\{a,|\\(|=|or "
+@dataclass
+class Settings:
+    data: str = flag("arithmetic", "a task")
+    batch_size: int = flag(4, "100% of the rows", group="training", least=1, most=8)
+    rate: float = flag(0.5, "a rate", least=0)
+    lr: float | None = flag(None, "a preset", group="training")
+    loss: str = flag("dpo", "a loss", group="run", choices={"dpo": 1, "awr": 2})
+    threads: int = flag(0, "threads", free=True)
 
 
-@pytest.mark.parametrize("piece", PIECES.split("|"))
-def test_hostile_text_is_cheap(piece):
-    """A regular expression or a power that takes minutes on a degenerate sample, or a recursion error, ends the run."""
-    for size in (1_000_000, 3_900, 290, 150):
-        text = piece * (size // len(piece))
-        start = time.perf_counter()
-        is_correct(text, "5"), is_correct("5", text), answers_equal(text, text + "1"), is_correct(text, r"\frac{x}{2}")
-        assert time.perf_counter() - start < 0.4, (piece, size)
+def test_flags_from_a_dataclass(capsys):
+    """A flag of the wrong type; defaults that --help does not show."""
+    config = parse_flags(Settings, "What it does.", ["--batch-size", "8", "--lr", "1e-4"])
+    assert config == Settings(batch_size=8, lr=1e-4)
+    with pytest.raises(SystemExit):
+        parse_flags(Settings, "What it does.", ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "What it does." in text and "training: --batch-size int 100% of the rows [4]" in text
+    assert "--lr float a preset [arithmetic 0.001, jsonl 2e-05]" in text
+    assert "run: --data str a task ['arithmetic'] --loss str" in text
+    assert "--loss str a loss: dpo, awr ['dpo']" in text
 
 
-def test_fuzzed_answers():
-    """Exceptions from odd text; an order-dependent verdict; a nonempty answer that is not itself."""
-    rng = random.Random(0)
-    alphabet = ["\\frac", "\\sqrt", "\\boxed", "\\text", "\\pm", *"{}()[]0123456789.,+-*/^_$%xi =;&\n#"]
-    for _ in range(2000):
-        a, b = ("".join(rng.choices(alphabet, k=rng.randrange(12))) for _ in range(2))
-        assert answers_equal(a, b) == answers_equal(b, a) and is_correct(a, b) in (True, False)
-    for _ in range(500):
-        n, d = rng.randrange(-99999, 99999), rng.choice([1, 2, 4, 5, 8, 10])
-        assert answers_equal(f"{n / d:,}", rf"\frac{{{n}}}{{{d}}}") and is_correct(f"so\n#### ${n:,} cats", str(n))
-        assert not answers_equal(str(n), str(n + d)) and not is_correct(f"so\n#### {n + d}", str(n))
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--bath-size 8", "--bath-size"),
+        ("--batch 8", "--batch"),
+        ("--batch-size", "--batch-size"),
+        ("--batch-size x", "--batch-size"),
+        ("--batch-size 0", "--batch-size 0 is less than 1"),
+        ("--batch-size 9", "--batch-size 9 is more than 8"),
+        ("--rate nan", "--rate nan is less than 0"),
+        ("--loss ppo", "ppo"),
+    ],
+)
+def test_bad_flags(flags, words):
+    """argparse's usage and exit code instead of our one line; a value that nothing can mean."""
+    with pytest.raises(UserError) as error:
+        parse_flags(Settings, "", flags.split())
+    assert words in str(error.value) and "\n" not in str(error.value)
 
 
-# --- steps ---
+def test_presets():
+    """A flag of the user's overwritten; the learning rate of the toy on a pretrained model."""
+    assert data.apply_presets(Settings()).lr == 1e-3
+    assert data.apply_presets(Settings(data="my.jsonl")).lr == 2e-5
+    assert data.apply_presets(Settings(lr=0.0)).lr == 0.0
+    assert data.PRESETS["arithmetic"].keys() == data.PRESETS["jsonl"].keys()
+
+
+def test_claim_refuses_another_configuration(tmp_path):
+    """A run that goes on in a folder whose rows another configuration or other problems made."""
+    path = tmp_path / "run" / "config.json"
+    config = data.apply_presets(Settings())
+    data.claim_folder(config, path, data_hash="1")
+    stored = json.loads(path.read_text())
+    assert stored["lr"] == 1e-3 and stored["data_hash"] == "1" and stored["torch"]
+    assert {"commit", "device_name"} < stored.keys()
+    data.claim_folder(replace(config, threads=2), path, data_hash="1")
+    with pytest.raises(UserError, match="rate=0.5, not 0.25"):
+        data.claim_folder(replace(config, rate=0.25), path, data_hash="1")
+    with pytest.raises(UserError, match="data_hash='1', not '2'"):
+        data.claim_folder(config, path, data_hash="2")
+    for name in ("rate", "lr"):  # as if the run were older than these flags
+        del stored[name]
+    path.write_text(json.dumps(stored))
+    data.claim_folder(config, path, data_hash="1")
+    path.write_text("{")
+    with pytest.raises(UserError, match="config.json: not JSON"):
+        data.claim_folder(config, path, data_hash="1")
+
+
+def test_one_process_in_a_folder(tmp_path):
+    """Two writers in one file; a lock that outlives its owner."""
+    code = f"import data; data.lock_folder({str(tmp_path)!r}); print('locked', flush=True); input()"
+    options = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(data.__file__).parent)
+    other = subprocess.Popen([sys.executable, "-c", code], **options)
+    assert other.stdout.readline() == b"locked\n"
+    with pytest.raises(UserError, match="another process"):
+        data.lock_folder(tmp_path)
+    other.kill()
+    other.wait()
+    data.lock_folder(tmp_path)
+    data.lock_folder(tmp_path / ".")  # this process may come back
+
+
+def test_hashes_notice_a_change(tmp_path):
+    """Values kept for problems, or by a model, that have been replaced under the same name."""
+    problem = data.Problem("1", "q", "s", "a")
+    assert data.content_hash([problem]) == data.content_hash([replace(problem)])
+    assert data.content_hash([problem]) != data.content_hash([replace(problem, solution="t")])
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(3 * 2**20))
+    hashes = {data.folder_hash(tmp_path)}
+    assert data.folder_hash(tmp_path) in hashes
+    for place in (0, 3 * 2**20 - 1):
+        with open(weights, "r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+        hashes.add(data.folder_hash(tmp_path))
+    os.truncate(weights, 2 * 2**20 + 5)
+    hashes.add(data.folder_hash(tmp_path))
+    (tmp_path / "config.json").write_text("{} ")
+    hashes.add(data.folder_hash(tmp_path))
+    assert len(hashes) == 5
+
+
+# --- Steps ---
 
 
 def steps_text(text, tokenizer, style="lines"):
+    """The texts of the steps. No end of text is in them."""
     ids = tokenizer.encode(text)
     steps = split_steps(ids, tokenizer, style)
     assert sum(steps, []) == ids, "steps must join to the response, token by token"
-    return [tokenizer.decode(step) for step in steps]
+    texts = tokenizer.texts(steps)
+    assert "".join(texts) == text
+    return texts
 
 
 def test_lines(byte_level):
-    """Empty steps for blank lines; characters of several tokens counted as several; a step from the end of text."""
-    text = "Tom é has 日本🎉 3.\n\n\nHe 🎉 buys 4.\n  \n#### 7"
-    assert steps_text(text, byte_level) == ["Tom é has 日本🎉 3.\n\n\n", "He 🎉 buys 4.\n  \n", "#### 7"]
-    assert data._token_starts(byte_level.encode(text), byte_level)[1] == text
+    """Empty steps for blank lines; a character of several tokens cut; an end that is a step."""
+    text = "Tom é has 日本🎉 3.\n\n\n🎉 He buys 4.\n  \n#### 7"
+    steps = [step.strip() for step in steps_text(text, byte_level)]
+    assert steps == ["Tom é has 日本🎉 3.", "🎉 He buys 4.", "#### 7"]
+    second = split_steps(byte_level.encode(text), byte_level)[1]
+    assert byte_level.decode(second).startswith("🎉"), "all four tokens of it"
     ids = byte_level.encode("a\nb\n")
     assert split_steps(ids + [byte_level.eos_id], byte_level)[-1][-1] == byte_level.eos_id
     assert len(split_steps(ids + [byte_level.eos_id], byte_level)) == 2
     assert split_steps([], byte_level) == [] and split_steps([0], byte_level) == [[0]]
 
 
-def test_token_across_a_boundary(word_level):
-    """A token lost or doubled when its text holds the end of one step and the start of the next."""
-    ids = [2, 6, 4, 3, 5, 2, 0]
-    assert split_steps(ids, word_level) == [[2, 6], [4, 3, 5], [2, 0]]
+def test_any_end_of_text_is_in_the_last_step(byte_level):
+    """A second end of a chat model that counts as a step of its own."""
+    ends = [byte_level.eos_id, byte_level.encode("x")[0]]
+    tokenizer = data.Tokenizer(byte_level.tokenizer, ends[0], stop_ids=ends)
+    ids = tokenizer.encode("3 + 4 = 7\n#### 7\n")
+    for end in ends:
+        assert split_steps(ids + [end], tokenizer)[-1][-1] == end
+        assert len(split_steps(ids + [end], tokenizer)) == 2
+
+
+def test_a_token_in_two_steps(word_level):
+    """A token lost, doubled or left behind: the token with the first letter of a step opens it."""
+    ids = [2, 6, 4, 3, 5, 2, 0]  # Tom|end\nnew| |runs|\n|Tom|<eos>
+    assert split_steps(ids, word_level) == [[2], [6, 4, 3, 5], [2, 0]]
+    assert split_steps([6, 6], word_level) == [[6], [6]]
+
+
+SENTENCES = (
+    "The line meets the parabola at the point $x = 2$. However, the second root is $x = 5$. "
+    "Substituting both roots into the line, we get $y = 4$ and $y = 7$. "
+    "Adding these, we find that the sum of all roots is $18$."
+)
+
+
+def test_math_sentences(byte_level, sentencepiece):
+    """Cuts inside the word behind the boundary, as its token begins with the space before it."""
+    starts = ["The line", "However, the", "Substituting both", "Adding these"]
+    for tokenizer in (byte_level, sentencepiece):
+        steps = steps_text(SENTENCES, tokenizer, "math")
+        assert len(steps) == 4
+        for step, start in zip(steps, starts, strict=True):
+            assert step.strip().startswith(start)
+
+
+@pytest.mark.parametrize("style", ["lines", "math"])
+@pytest.mark.parametrize(
+    "gap, steps",
+    [
+        ("\n\n", ["We have $x = 2$.", "So $y = 3$. Then $z = 5$, so all is well.", "It is 18."]),
+        ("\n \n", ["Ann has 3.", "So 3 + 4 = 7."]),
+        ("\n", ["Step 1: Find $x$.", "Step 2: It is $x = 3$. Thus $y = 4$.", "Step 3: So 7."]),
+        ("\n", ["1. Find $x$ first.", "2. Then $x = 3$. And $y = 4$.", "3. So 7.", "#### 7"]),
+        ("\n\n", ["**Step 1:** Find the root.", "**Step 2:** So 7.", "The answer is 7"]),
+    ],
+)
+def test_marked_steps(byte_level, sentencepiece, style, gap, steps):
+    """Steps that the text itself divides, by blank lines or numbers, joined or cut again."""
+    for tokenizer in (byte_level, sentencepiece):
+        found = steps_text(gap.join(steps), tokenizer, style)
+        assert [step.strip() for step in found] == steps
+
+
+def test_numbered_steps_of_several_lines(byte_level):
+    """The heading of a step taken for a step, and the lines under it for others."""
+    steps = ["Let us see.", "Step 1: Eggs\n16 - 3 = 13\n\nso 13.", "Step 2: Money\n13 * 2 = 26"]
+    for style in ("lines", "math"):
+        found = steps_text("\n\n".join([*steps, "#### 26"]), byte_level, style)
+        assert [step.strip() for step in found] == [*steps, "#### 26"]
+
+
+def test_displays_continue_a_paragraph(byte_level):
+    """A formula on its own lines taken for a step, and the rest of its sentence for another."""
+    steps = ["We have\n\n\\[x = 2\\]\n\nwhich is even.", "So $y = 3$.\n\n$$z = 4$$"]
+    found = steps_text("\n\n".join(steps), byte_level, "math")
+    assert [step.strip() for step in found] == steps
 
 
 def test_math_rule(byte_level):
@@ -283,25 +482,49 @@ def test_math_rule(byte_level):
     sentence = "Now the number $a + b$ is known to be $%d$. "
     many = "".join(sentence % i for i in range(20))
     steps = steps_text(many + "\nThe answer is 5", byte_level, "math")
-    assert len(steps) == 9 and steps[-1] == "The answer is 5" and all(len(step) >= 20 for step in steps[:-1])
+    assert len(steps) == 9 and steps[-1] == "The answer is 5"
+    assert all(len(step) >= 20 for step in steps[:-1])
     text = "We begin with the long equation $a$, which is the reason that all is well $b$."
-    few = steps_text(text, byte_level, "math")
-    assert few == ["We begin with the long equation $a$", ", which is the reason that all is well $b$."]
-    assert steps_text("Ok $x$. " + sentence % 1 * 4 + "So.", byte_level, "math")[0].startswith("Ok $x$. Now")
-    uneven = "It is a very short one $x$. " + "word " * 60 + "so long $y$. " + "word " * 60 + "so long $z$."
+    few = [step.strip() for step in steps_text(text, byte_level, "math")]
+    assert few == [text[:36], text[37:]]
+    short = steps_text("Ok $x$. " + sentence % 1 * 4 + "So.", byte_level, "math")
+    assert short[0].startswith("Ok $x$. Now")
+    long = "word " * 60 + "so long "
+    uneven = f"It is a very short one $x$. {long}$y$. {long}$z$."
     assert steps_text(uneven, byte_level, "math")[0].startswith("It is a very short one $x$. word")
     assert steps_text("It is $18. No.", byte_level, "math") == ["It is $18. No."]
 
 
-def test_fuzzed_steps(byte_level, word_level):
+def test_unknown_style(byte_level):
+    """A misspelt style that cuts by another rule."""
+    with pytest.raises(UserError, match="'sentences'.*lines, math"):
+        split_steps([1, 2], byte_level, "sentences")
+
+
+def test_fuzzed_steps(byte_level, sentencepiece, word_level):
     """Steps that do not join to the response; empty steps; undecodable bytes."""
     rng = random.Random(0)
-    for tokenizer in (byte_level, word_level):
+    for tokenizer in (byte_level, sentencepiece, word_level):
         for style in ("lines", "math"):
             for _ in range(200):
                 ids = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randrange(50))]
                 steps = split_steps(ids, tokenizer, style)
                 assert sum(steps, []) == ids and all(steps)
+
+
+def test_no_word_is_cut(byte_level, sentencepiece):
+    """A boundary inside a word, or a step that begins behind its first letter, in random text."""
+    rng = random.Random(0)
+    words = ["Tom", "so", "which", "$x = 2$.", "$5.", ",$", "é", "日本", "Thus", "=", "\n", "2. "]
+    for _ in range(300):
+        text = " ".join(rng.choices(words, k=rng.randrange(1, 40))).strip()
+        for tokenizer in (byte_level, sentencepiece):
+            for style in ("lines", "math"):
+                text_before = ""
+                for step in steps_text(text, tokenizer, style):
+                    joint = text_before[-1:] + step[:1]
+                    assert len(joint) < 2 or any(c.isspace() for c in joint), (text, step)
+                    text_before += step
 
 
 def test_steps_in_linear_time(byte_level):
@@ -315,7 +538,17 @@ def test_steps_in_linear_time(byte_level):
     assert times[1] < 40 * times[0] + 0.1
 
 
-# --- distances and equations ---
+@pytest.mark.parametrize("piece", ["\n", " ", "a.$ ", "\n\n", "1. \n", "[asy]", "* ", ",$ ", "so "])
+def test_hostile_steps_are_cheap(piece):
+    """A regular expression that takes minutes on a degenerate sample."""
+    text = piece * (60_000 // len(piece))
+    start = time.perf_counter()
+    for style in ("lines", "math"):
+        data.step_letters(text + "x", style)
+    assert time.perf_counter() - start < 2
+
+
+# --- Distances and equations ---
 
 
 def levenshtein(a, b):
@@ -334,7 +567,8 @@ def test_edit_distance():
     assert data.edit_distance("kitten", "sitting") == 3
     assert data.edit_distance([], [1, 2]) == 2 == data.edit_distance("ab", "")
     for _ in range(200):
-        a, b = (rng.choices(range(4), k=rng.randrange(15)) for _ in range(2))
+        a = rng.choices(range(4), k=rng.randrange(15))
+        b = rng.choices(range(4), k=rng.randrange(15))
         assert data.edit_distance(a, b) == levenshtein(a, b)
 
 
@@ -345,37 +579,126 @@ def test_equation_key():
     assert data.equation_key("x = five, in 1999") == ()
 
 
-# --- tokenizer ---
+# --- Tokenizer ---
 
 
-def test_tokenizer_round_trip(tmp_path, byte_level):
-    """A saved tokenizer with another end of text, added special tokens, or lost added tokens in the size."""
-    byte_level.save(tmp_path / "out")
-    again = data.Tokenizer.from_pretrained(tmp_path / "out")
+def test_texts_join(byte_level, sentencepiece):
+    """'This' and 'implies' joined to 'Thisimplies', on which another trainer would then train."""
+    text = "Tom has 3 pens. So  日本 é\n\nHe runs."
+    for tokenizer in (byte_level, sentencepiece):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        for cut in range(len(ids) + 1):
+            parts = [ids[:cut], ids[cut:] + [tokenizer.eos_id], []]
+            assert "".join(tokenizer.texts(parts)) == text
+    this = sentencepiece.encode("Tom")
+    implies = sentencepiece.encode("buys")
+    assert sentencepiece.decode(implies) == "buys"
+    assert sentencepiece.texts([this, implies]) == ["Tom", " buys"]
+
+
+def test_tokenizer_adds_nothing(tmp_path, sentencepiece):
+    """A beginning or an end of text in the middle of a prompt; special tokens hidden in texts."""
+    sentencepiece.save(tmp_path)
+    again = data.Tokenizer.from_pretrained(tmp_path)
     text = "Tom has 日本\n"
-    ends = tokenizers.processors.TemplateProcessing("$A <eos>", special_tokens=[("<eos>", again.eos_id)])
-    again.tokenizer.post_processor = ends
-    assert again.encode(text) == byte_level.encode(text) and again.decode(again.encode(text)) == text
-    assert (again.eos_id, again.vocab_size) == (byte_level.eos_id, byte_level.vocab_size)
-    assert again.decode([again.eos_id]) == "<eos>" and again.decode([again.eos_id], skip_special_tokens=True) == ""
+    assert again.encode(text) == sentencepiece.encode(text) and 1 not in again.encode(text)
+    assert again.decode(again.encode(text)) == text
+    assert (again.eos_id, again.vocab_size) == (2, sentencepiece.vocab_size)
+    assert again.decode([again.eos_id]) == "</s>"
+    assert again.texts([[again.eos_id]]) == [""]
 
 
-def test_end_of_text_order(tmp_path, word_level):
-    """The wrong end of text, so that generation never stops: config.json counts before the tokenizer's own."""
-    word_level.save(tmp_path)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 2]}')
-    assert data.Tokenizer.from_pretrained(tmp_path).eos_id == 3
-    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
-    assert data.Tokenizer.from_pretrained(tmp_path).eos_id == 2
-    (tmp_path / "config.json").write_text('{"eos_token_id": 99}')
-    assert data.Tokenizer.from_pretrained(tmp_path).eos_id == 3
+def test_a_beginning_of_text_is_told_once(tmp_path, capsys, sentencepiece, byte_level):
+    """A model that has only seen texts behind <s> sampled without it, and nobody knows."""
+    data.note.cache_clear()
+    sentencepiece.save(tmp_path / "a")
+    byte_level.save(tmp_path / "b")
+    for name in ("a", "a", "b"):
+        data.Tokenizer.from_pretrained(tmp_path / name)
+    assert capsys.readouterr().err.count("--prompt $'<s>Question: {question}\\nAnswer:\\n'") == 1
+    assert sentencepiece.encode("<s>Tom")[0] == 1
 
 
-@pytest.mark.parametrize("name, text", [("tokenizer.json", "{}"), ("config.json", "{"), ("config.json", "[]")])
+@pytest.mark.parametrize(
+    "config, generation, own, expected",
+    [
+        (None, None, "</s>", (2, [2])),
+        (None, [3, 2], "<end>", (3, [3, 2])),
+        (2, [3, 2], "<end>", (2, [2, 3])),
+        ([9999, 3], -1, "</s>", (3, [3])),
+        ([3, 2], 5, "</s>", (2, [3, 2, 5])),
+        (None, None, "<end>", (2, [2])),
+    ],
+)
+def test_ends_of_text(tmp_path, sentencepiece, config, generation, own, expected):
+    """A sample that never stops, since the model ends its answers with a second end of text; a
+    model trained to end with another token than its tokenizer names."""
+    sentencepiece.save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": config}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    for token in (own, {"content": own}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+        tokenizer = data.Tokenizer.from_pretrained(tmp_path)
+        assert (tokenizer.eos_id, tokenizer.stop_ids) == expected
+
+
+def test_save_keeps_all_files(tmp_path, byte_level):
+    """A trained chat model without its template, or one that vLLM no longer stops."""
+    source = tmp_path / "source"
+    byte_level.save(source)
+    truncated = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
+    truncated.enable_truncation(5)
+    truncated.save(str(source / "tokenizer.json"))
+    texts = {
+        "tokenizer.json": (source / "tokenizer.json").read_text(),
+        "tokenizer_config.json": '{"eos_token": "<eos>",\n "model_max_length": 7}',
+        "generation_config.json": '{"eos_token_id": [0]}',
+        "special_tokens_map.json": "{}",
+        "added_tokens.json": "{}",
+        "chat_template.jinja": "{{ 'é' }}\n",
+    }
+    for name, text in texts.items():
+        (source / name).write_text(text, encoding="utf-8")
+    tokenizer = data.Tokenizer.from_pretrained(source)
+    assert len(tokenizer.encode("Tom has 3 pens. " * 9)) > 5
+    tokenizer.save(tmp_path / "copy")
+    copied = {path.name: path.read_text("utf-8") for path in (tmp_path / "copy").iterdir()}
+    assert copied == texts
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", None),
+        ("config.json", "{"),
+        ("config.json", "[]"),
+        ("tokenizer_config.json", "{}"),
+    ],
+)
 def test_bad_tokenizer_folder(tmp_path, word_level, name, text):
-    """A traceback from inside the tokenizers library."""
+    """A traceback from inside the tokenizers library; a model that cannot end a text."""
+    word_level.tokenizer.get_vocab()
     word_level.save(tmp_path)
-    (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match="expected") as error:
+    if text is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(text)
+    if name == "tokenizer_config.json":
+        words = json.loads((tmp_path / "tokenizer.json").read_text())
+        words["model"]["vocab"]["end"] = words["model"]["vocab"].pop("<eos>")
+        (tmp_path / "tokenizer.json").write_text(json.dumps(words))
+        name = "no end of text"
+    with pytest.raises(UserError, match=name) as error:
         data.Tokenizer.from_pretrained(tmp_path)
-    assert "\n" not in str(error.value) and name in str(error.value)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_a_token_that_the_model_lacks(byte_level):
+    """An index error of the embedding, far from the folder whose files do not belong together."""
+    tokenizer = data.Tokenizer(byte_level.tokenizer, 0)
+    largest = max(tokenizer.encode("Tom"))
+    tokenizer.vocab_size = largest
+    with pytest.raises(UserError, match=f"token {largest}"):
+        tokenizer.encode("Tom")

@@ -1,24 +1,39 @@
-"""Tests of model.py against answers that transformers gave for the tiny models of tests/golden (see make_golden.py)."""
+"""model.py against the answers that transformers gave for the tiny models of tests/golden.
+
+How those were made: tests/golden/make_golden.py.
+"""
 
 import json
 import shutil
 import sys
-import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.fx.experimental.proxy_tensor import make_fx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model as model_module
-from model import GPT, CheckpointError, Config, KVCache, rope_angles
+from model import FAMILIES, GPT, CheckpointError, Config, KVCache, make_masks, rope_angles
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.safetensors"))
 TOLERANCE = dict(atol=1e-4, rtol=0)
-TOY = dict(model_type="llama", vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-           num_key_value_heads=2, intermediate_size=48, max_position_embeddings=64)
+GOLDEN_CONFIGS = [json.loads((GOLDEN / name / "config.json").read_text()) for name in NAMES]
+assert set(FAMILIES) == {hf["model_type"] for hf in GOLDEN_CONFIGS}, (
+    "a family without a golden model"
+)
+TOY = dict(
+    model_type="llama",
+    vocab_size=50,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    max_position_embeddings=64,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +47,8 @@ def golden(name):
 
 
 def wide(config, std=0.3):
-    """A random model whose logits differ strongly: with weights of 0.02 a wrong mask would change almost nothing."""
+    """A random model whose logits differ strongly: with weights of 0.02 a wrong mask would
+    change almost nothing."""
     model = GPT(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -41,6 +57,7 @@ def wide(config, std=0.3):
 
 
 def real(lengths, T):
+    """(B, T) bool: the tokens of right-padded rows that are no padding."""
     return torch.arange(T)[None] < lengths[:, None]
 
 
@@ -49,41 +66,17 @@ def assert_same(got, want, lengths):
     torch.testing.assert_close(got[mask], want[mask], **TOLERANCE)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """copy(name, config changes, tensor edit) -> a changed copy of a golden folder."""
-
-    def copy(name, edit=None, tensors=None, drop=()):
-        target = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"
-        shutil.copytree(GOLDEN / name, target)
-        config = json.loads((target / "config.json").read_text()) | (edit or {})
-        (target / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in drop}))
-        if tensors is not None:
-            weights = load_file(target / "model.safetensors")
-            weights = tensors(weights) or weights
-            save_file({k: v.contiguous().clone() for k, v in weights.items()}, target / "model.safetensors")
-        return target
-
-    return copy
+def flat_gradient(loss, model):
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
-def refuses(path, *words):
-    """Loading raises CheckpointError whose message is one line holding all the words."""
-    with pytest.raises(CheckpointError) as error:
-        GPT.from_pretrained(path)
-    message = str(error.value)
-    assert "\n" not in message and len(message) < 600, message
-    for word in words:
-        assert word in message, message
+def prefill(model, ids, lengths, room=None):
+    """A cache that holds the rows of `ids`, and the logits of each row's last token."""
+    cache = KVCache(model.config, len(ids), room or ids.shape[1])
+    logits = model(ids, cache, lengths)
+    return cache, logits[torch.arange(len(ids)), lengths - 1]
 
-
-@pytest.fixture(params=[64, 3])
-def portion(request, monkeypatch):
-    """A cache that has all its room at once, and one that grows (by three)."""
-    monkeypatch.setattr(model_module, "PORTION", request.param)
-
-
-with_both = pytest.mark.usefixtures("portion")
 
 # ---- numbers
 
@@ -91,8 +84,9 @@ with_both = pytest.mark.usefixtures("portion")
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_logits_match_transformers(name):
-    """Guards every switch of every family: rope scaling dropped (nano-vllm), biases, norms, tying, windows, GQA.
-    The batch is of mixed lengths, the answers are of each row alone: padding must not leak (transformers#28385)."""
+    """Guards every switch of every family: rope scaling dropped (nano-vllm), biases, norms, tying,
+    windows, GQA. The batch is of mixed lengths and the answers are of each row alone: padding must
+    not leak (transformers#28385)."""
     model, want = golden(name)
     assert_same(model(want["ids"]), want["logits"], want["lengths"])
 
@@ -100,7 +94,7 @@ def test_logits_match_transformers(name):
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_greedy_matches_transformers_without_cache(name):
-    """Guards an off-by-one in positions that a single forward hides: token for token against transformers."""
+    """Guards an off-by-one in positions that a single forward hides."""
     model, want = golden(name)
     for row, length in enumerate(want["lengths"].tolist()):
         text = want["ids"][row : row + 1, :length]
@@ -110,319 +104,266 @@ def test_greedy_matches_transformers_without_cache(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@with_both
 @torch.no_grad()
-def test_greedy_matches_transformers_with_cache(name):
-    """Guards one position shared by all rows of a mixed-length batch (unsloth#3699), which learned positions show and
-    rotary ones hide (nnsight#673): mixed-length prefill, then all rows decode together."""
+def test_greedy_matches_transformers_with_cache(name, monkeypatch):
+    """Guards one position shared by all rows of a mixed-length batch (unsloth#3699), which learned
+    positions show and rotary ones hide (nnsight#673), and what a cache holds when it grows."""
+    monkeypatch.setattr(model_module, "BLOCK", 3)
     model, want = golden(name)
     lengths = want["lengths"]
-    cache = KVCache(model.config, rows=len(lengths), capacity=32)
+    cache = KVCache(model.config, rows=4, room=13)
     logits = model(want["ids"], cache, lengths)
     assert_same(logits, want["logits"], lengths)
-    last = logits[torch.arange(len(lengths)), lengths - 1]
+    last = logits[torch.arange(4), lengths - 1]
     for step in range(want["greedy"].shape[1]):
         assert torch.equal(last.argmax(-1), want["greedy"][:, step])
+        cache.make_room(13 + step + 1)
         last = model(want["greedy"][:, step : step + 1], cache)[:, 0]
     assert torch.equal(cache.lengths, lengths + want["greedy"].shape[1])
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("chunks", [(1,) * 13, (5, 8), (4, 1, 6, 2)])
-@with_both
 @torch.no_grad()
 def test_chunked_prefill_matches_one_forward(name, chunks):
-    """Guards rotary angles or masks that restart at a chunk (nanochat#855), rows of equal length (no mask) and rows
-    that ended earlier (count 0) alike."""
+    """Guards rotary angles or masks that restart at a chunk (nanochat#855), and rows that ended in
+    an earlier one."""
     model, want = golden(name)
-    ids, lengths = want["ids"], want["lengths"]
-    ragged, even = KVCache(model.config, 4, 13), KVCache(model.config, 4, 13)
-    full, start = model(ids), 0
+    cache = KVCache(model.config, 4, room=26)
+    start = 0
     for chunk in chunks:
-        part = ids[:, start : start + chunk]
-        counts = (lengths - start).clamp(0, chunk)
-        got = model(part, ragged, counts)
-        mask = real(counts, chunk)
-        torch.testing.assert_close(got[mask], want["logits"][:, start : start + chunk][mask], **TOLERANCE)
-        torch.testing.assert_close(model(part, even), full[:, start : start + chunk], **TOLERANCE)
+        counts = (want["lengths"] - start).clamp(0, chunk)
+        got = model(want["ids"][:, start : start + chunk], cache, counts)
+        assert_same(got, want["logits"][:, start : start + chunk], counts)
         start += chunk
-    assert torch.equal(ragged.lengths, lengths) and even.lengths.tolist() == [13] * 4
+    assert torch.equal(cache.lengths, want["lengths"])
 
 
-@with_both
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "mistral", "qwen2-window"])
 @torch.no_grad()
-def test_batch_smaller_than_cache():
-    """Guards rows beyond the batch: they keep what they hold, and their lengths do not mislead the mask."""
-    model, want = golden("llama3")
-    cache = KVCache(model.config, rows=4, capacity=20)
-    model(want["ids"], cache, want["lengths"])
-    before = cache.k[:, 2:].clone()
-    got = model(want["greedy"][:2, :1], cache)
-    row = torch.cat((want["ids"][1, :4], want["greedy"][1, :1]))[None]
-    torch.testing.assert_close(got[1], model(row)[0, -1:], **TOLERANCE)
-    assert torch.equal(cache.k[:, 2:], before) and cache.lengths.tolist() == [14, 5, 1, 9]
-    with pytest.raises(ValueError, match="5 rows"):
-        model(torch.zeros(5, 1, dtype=torch.long), cache)
-
-
-@with_both
-@torch.no_grad()
-def test_rows_of_equal_length_are_not_assumed():
-    """Guards the fast path without mask and index: it must end when part of the rows has moved on."""
-    model, want = golden("llama")
-    ids = want["ids"]
-    cache = KVCache(model.config, rows=4, capacity=13)
-    model(ids[:, :5], cache)
-    model(ids[:2, 5:8], cache)
-    got = model(ids[:, 8:9], cache)
-    for row, start in enumerate((8, 8, 5, 5)):
-        text = torch.cat((ids[row, :start], ids[row, 8:9]))[None]
-        torch.testing.assert_close(got[row, 0], model(text)[0, -1], **TOLERANCE)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama3", "mistral"])
-@with_both
-@torch.no_grad()
-def test_capacity_boundary(name):
-    """Guards scheduling errors at the edge (nano-vllm#66): length == capacity works, capacity + 1 is refused, and
-    padding that sticks out beyond the capacity neither raises nor overwrites a real token."""
+def test_finished_rows_stand_still(name):
+    """Guards decoding with counts of 0 and 1: a row that is done neither advances nor disturbs the
+    others, and can go on later as if nothing had been read in between."""
     model, want = golden(name)
-    ids, lengths = want["ids"], want["lengths"]
-    cache = KVCache(model.config, 4, capacity=13)
-    logits = model(ids, cache, lengths)  # row 0 is full now
-    assert_same(logits, want["logits"], lengths)
-    with pytest.raises(ValueError, match="14 tokens, the limit is 13"):
-        model(ids[:, :1], cache)
-    assert torch.equal(cache.lengths, lengths)  # refused means untouched
-    counts = torch.tensor([0, 9, 3, 4])  # rows 1 and 3 become full exactly; row 0's padding lies beyond the end
-    more = torch.randint(72, (4, 9))
-    got = model(more, cache, counts)
-    for row in (1, 2, 3):
-        text = torch.cat((ids[row, : lengths[row]], more[row, : counts[row]]))[None]
-        torch.testing.assert_close(got[row, : counts[row]], model(text)[0, lengths[row] :], **TOLERANCE)
-    cache.set_lengths(cache.lengths - torch.tensor([1, 1, 0, 1]))  # the last token again: row 0 must be unharmed
-    again = model(ids[:, 12:13], cache, torch.tensor([1, 0, 0, 0]))
-    torch.testing.assert_close(again[0, 0], want["logits"][0, 12], **TOLERANCE)
-
-
-@torch.no_grad()
-def test_learned_positions_boundary():
-    """Guards a read beyond the position table (a CUDA assert, or a wrong row): max_len works, max_len + 1 is refused,
-    with a cache larger than max_len too."""
-    model, _ = golden("gpt2")
-    text = torch.randint(72, (1, 33))
-    want = model(text[:, :32])
-    with pytest.raises(ValueError, match="33 tokens"):
-        model(text)
-    cache = KVCache(model.config, 1, capacity=64)
-    padded = torch.cat((text, text), dim=1)  # padding lies beyond the last position
-    got = model(padded, cache, torch.tensor([32]))
-    torch.testing.assert_close(got[:, :32], want, **TOLERANCE)
-    with pytest.raises(ValueError, match="33 tokens"):
-        model(text[:, :1], cache)
-
-
-@with_both
-@torch.no_grad()
-def test_loose_bound_is_measured_before_refusing():
-    """Guards a decode loop whose finished rows (count 0) still push the host's bound to the capacity."""
-    model, want = golden("llama")
-    cache = KVCache(model.config, 2, capacity=4)
-    for _ in range(9):
-        model(want["ids"][:2, :1], cache, torch.tensor([0, 0]))
-    model(want["ids"][:2, :4], cache)
-    assert cache.lengths.tolist() == [4, 4]
+    cache, _ = prefill(model, want["ids"], want["lengths"], room=32)
+    texts = [row[:length] for row, length in zip(want["ids"], want["lengths"], strict=True)]
+    for step in range(8):
+        live = (torch.arange(4) + step) % 3 > 0
+        tokens = torch.randint(72, (4,))
+        got = model(tokens[:, None], cache, live.long())[:, 0]
+        for row in live.nonzero()[:, 0].tolist():
+            texts[row] = torch.cat((texts[row], tokens[row : row + 1]))
+            torch.testing.assert_close(got[row], model(texts[row][None])[0, -1], **TOLERANCE)
+    assert cache.lengths.tolist() == [len(text) for text in texts]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen2-window"])
-@with_both
 @torch.no_grad()
-def test_copy_rows_and_keep(name):
-    """Guards n samples from one prefill and the compaction of finished rows: each row continues as if alone."""
+def test_samples_continue_a_copied_prompt(name, monkeypatch):
+    """Guards n samples from one prefill, in rows that held longer texts before: each continues as
+    if alone (transformers' greedy answer), and rows that are not named keep what they hold."""
+    monkeypatch.setattr(model_module, "BLOCK", 5)
     model, want = golden(name)
-    ids, lengths, greedy = want["ids"], want["lengths"], want["greedy"]
-    prompts, samples = KVCache(model.config, 4, 13), KVCache(model.config, 6, 25)
-    model(ids, prompts, lengths)
-    source = torch.tensor([1, 1, 0, 3, 2])
-    samples.copy_rows(prompts, source, torch.tensor([5, 0, 2, 1, 4]))
-    assert samples.lengths.tolist() == [4, 9, 13, 0, 1, 4] and (samples.shortest, samples.longest) == (0, 13)
-    kept, rows = torch.tensor([2, 5, 1]), [0, 1, 3]
-    samples.keep(kept)
-    assert samples.rows == 3 and samples.lengths.tolist() == [13, 4, 9]
+    prompts, _ = prefill(model, want["ids"], want["lengths"])
+    cache, _ = prefill(model, torch.randint(72, (6, 15)), torch.full((6,), 15))
+    kept = cache.k[:, 3, :, :15].clone()
+    cache.make_room(26)
+    origins = torch.tensor([1, 1, 0, 3, 2])
+    rows = torch.tensor([5, 0, 2, 1, 4])
+    cache.copy_rows(prompts, origins, rows)
+    assert cache.lengths.tolist() == [4, 9, 13, 15, 1, 4]
+    assert torch.equal(cache.k[:, 3, :, :15], kept)
+    tokens = torch.zeros(6, 12, dtype=torch.long)
+    tokens[rows] = want["greedy"][origins]
+    counts = torch.tensor([1, 1, 1, 0, 1, 1])
     for step in range(11):
-        got = model(greedy[rows, step : step + 1], samples).argmax(-1)[:, 0]
-        assert torch.equal(got, greedy[rows, step + 1])
-    with pytest.raises(ValueError, match="does not fit"):
-        KVCache(model.config, 1, 12).copy_rows(prompts, torch.tensor([0]), torch.tensor([0]))
+        choice = model(tokens[:, step : step + 1], cache, counts)[:, 0].argmax(-1)
+        assert torch.equal(choice[rows], tokens[rows, step + 1])
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen2-window", "mistral"])
-@with_both
 @torch.no_grad()
-def test_rows_behind_a_common_prefix(name, monkeypatch):
-    """Guards attention over two caches: texts that branch off a prompt, at its end or before, beside others that
-    started earlier and beside free rows, say what each of them says alone; after rows were dropped, too."""
-    monkeypatch.setattr(model_module, "SHARED", 2)
+def test_copy_rows_makes_room():
+    """Guards a prompt that is longer than what the cache can hold so far."""
+    model, want = golden("llama")
+    prompts, _ = prefill(model, want["ids"], want["lengths"])
+    cache = KVCache(model.config, 1, room=0)
+    cache.copy_rows(prompts, torch.tensor([0]), torch.tensor([0]))
+    assert cache.room == model_module.BLOCK
+    got = model(want["greedy"][:1, :1], cache)[0, 0].argmax()
+    assert got == want["greedy"][0, 1]
+
+
+def test_make_room():
+    """Guards growth that loses what is held, is too small by one token, or replaces `lengths`,
+    which a captured step goes on writing to."""
+    block = model_module.BLOCK
+    cache = KVCache(Config.from_hf(TOY), 2, room=3)
+    cache.k.normal_()
+    cache.v.normal_()
+    k = cache.k
+    v = cache.v
+    lengths = cache.lengths
+    cache.make_room(3)
+    assert cache.room == 3 and cache.k is k
+    for tokens, room in ((4, block), (block, block), (block + 1, 2 * block), (5, 2 * block)):
+        cache.make_room(tokens)
+        assert cache.room == room and cache.v.shape[3] == room
+    assert torch.equal(cache.k[:, :, :, :3], k) and torch.equal(cache.v[:, :, :, :3], v)
+    assert cache.lengths is lengths
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen2-window"])
+@torch.no_grad()
+def test_decode_step_can_be_captured(name):
+    """Guards the CUDA graph of a step: traced once and replayed with other lengths and tokens it
+    must say what the model says, so nothing in it may depend on a Python number of the step.
+    Tracing fails if the step waits for the device (.item(), boolean indices)."""
     model, want = golden(name)
-    ids, lengths, generator = want["ids"], want["lengths"], torch.Generator().manual_seed(0)
-    source, cache, texts = KVCache(model.config, 4, 13), KVCache(model.config, 6, 12), {}
+    cache, _ = prefill(model, want["ids"], want["lengths"], room=32)
+    token = want["greedy"][:, :1].clone()
+    counts = torch.ones(4, dtype=torch.long)
+    before = cache.lengths.clone()
+    graph = make_fx(lambda: model(token, cache, counts)[:, 0])()
+    cache.lengths.copy_(before)  # tracing ran it
+    for step in range(11):
+        token.copy_(want["greedy"][:, step : step + 1])
+        assert torch.equal(graph().argmax(-1), want["greedy"][:, step + 1])
+    assert torch.equal(cache.lengths, before + 11)
 
-    def go_on(steps):
-        for _ in range(steps):
-            new = torch.randint(72, (cache.rows, 1), generator=generator)
-            got = model(new, cache)[:, 0]
-            for row in texts:
-                texts[row] = torch.cat((texts[row], new[row]))
-                torch.testing.assert_close(got[row], model(texts[row][None])[0, -1], **TOLERANCE)
 
-    def start(rows, origins, stems):
-        cache.branch(list(texts), rows, source, origins, stems)
-        texts.update({row: ids[origin, :stem] for row, origin, stem in zip(rows, origins, stems, strict=True)})
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "mistral", "qwen2-window"])
+def test_responses_behind_one_prompt(name):
+    """Guards the prompt of a pair that is read once: each response, and the gradient, must be what
+    two separate rows give, with padding between and behind."""
+    model, _ = golden(name)
+    prompt = torch.randint(72, (7,))
+    responses = [torch.randint(72, (5,)), torch.randint(72, (9,))]
+    pad = torch.tensor([3])
+    ids = torch.cat((prompt, responses[0], pad, pad, responses[1], pad))
+    positions = torch.tensor([*range(12), 0, 0, *range(7, 16), 0])
+    branches = torch.tensor([0] * 7 + [1] * 5 + [-1] * 2 + [2] * 9 + [-1])
+    weights = torch.randn(72)
 
-    model(ids, source, lengths)
-    start([4, 0, 1, 2], [0, 0, 0, 1], [13, 13, 6, 4])  # two and one of the same row; 3 and 5 are free
-    assert len(cache.prefix.lengths) == 3
-    go_on(3)
-    del texts[0], texts[2]  # finished
-    start([2, 5], [3, 0], [9, 2])
-    assert cache.lengths.tolist()[1:3] == [3, 0] and len(cache.prefix.lengths) == 4
-    go_on(2)
-    cache.keep(torch.tensor([5, 1]))
-    texts = {0: texts[5], 1: texts[1]}
-    assert len(cache.prefix.lengths) == 2
-    go_on(4)
-    with pytest.raises(ValueError, match="1 rows"):
-        model(ids[:1, :1], cache)
-    with pytest.raises(ValueError, match="13 tokens, the limit is 12"):
-        go_on(4)
+    hidden = model.hidden(ids[None], positions=positions[None], branches=branches[None])
+    together = model.logits(hidden)[0]
+    loss = (together[branches > 0] * weights).logsumexp(-1).sum()
+    got = flat_gradient(loss, model)
+
+    loss = 0
+    for branch, response in enumerate(responses, start=1):
+        alone = model(torch.cat((prompt, response))[None])[0]
+        torch.testing.assert_close(together[branches == branch], alone[7:], **TOLERANCE)
+        loss = loss + (alone[7:] * weights).logsumexp(-1).sum()
+    want = flat_gradient(loss, model)
+    assert (got - want).norm() < 1e-4 * want.norm()
 
 
 @torch.no_grad()
-def test_learned_positions_end_behind_a_prefix():
-    """Guards a position table that is longer than what a row holds itself, but not than its prefix and that."""
-    model, want = golden("gpt2")
-    source, cache = KVCache(model.config, 1, 30), KVCache(model.config, 2, 30)
-    model(torch.randint(72, (1, 30)), source)
-    cache.branch([], [0, 1], source, [0, 0], [30, 1])
-    for _ in range(2):
-        model(torch.zeros(2, 1, dtype=torch.long), cache)
-    with pytest.raises(ValueError, match="33 tokens, the limit is 32"):
-        model(torch.zeros(2, 1, dtype=torch.long), cache)
-    model(torch.zeros(2, 1, dtype=torch.long), cache, torch.tensor([0, 1]))
+def test_learned_positions_end():
+    """Guards a read behind the position table (a CUDA assert, or a wrong row): the last position
+    works, one more is refused, and a full row that is done may stand in a batch."""
+    model, _ = golden("gpt2")
+    assert model.config.position_limit == 32
+    text = torch.randint(72, (2, 33))
+    want = model(text[:, :32])
+    with pytest.raises(ValueError, match="33 tokens"):
+        model(text)
+    cache = KVCache(model.config, 2, room=64)
+    got = model(text, cache, torch.tensor([32, 31]))  # padding lies behind the last position
+    torch.testing.assert_close(got[0, :32], want[0], **TOLERANCE)
+    got = model(text[:, 31:32], cache, torch.tensor([0, 1]))
+    torch.testing.assert_close(got[1, 0], want[1, 31], **TOLERANCE)
+
+
+@torch.no_grad()
+def test_stale_slots_are_never_seen():
+    """Guards slots behind a row's length, whatever they hold from a text that was there before."""
+    config = Config.from_hf(TOY)
+    model = wide(config)
+    ids = torch.randint(50, (2, 9))
+    cache, _ = prefill(model, ids, torch.tensor([9, 9]), room=16)
+    cache.lengths.copy_(torch.tensor([3, 5]))
+    token = torch.tensor([[7], [7]])
+    got = model(token, cache)
+    for row, length in enumerate((3, 5)):
+        alone = model(torch.cat((ids[row, :length], token[row]))[None])
+        torch.testing.assert_close(got[row, 0], alone[0, -1], **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2-window"])
 @torch.no_grad()
 def test_bfloat16_decode(name):
-    """Guards the layout that bfloat16 takes on a CPU: as near to fp32's logits as one forward without a cache is."""
+    """Guards a cached step in bf16: about as near to fp32 as one bf16 forward without a cache."""
     model, want = golden(name)
-    lengths, half = want["lengths"], GPT.from_pretrained(GOLDEN / name, dtype=torch.bfloat16)
-    cache = KVCache(half.config, rows=len(lengths), capacity=32, dtype=torch.bfloat16)
+    lengths = want["lengths"]
+    half = GPT.from_pretrained(GOLDEN / name, dtype=torch.bfloat16)
+    cache = KVCache(half.config, 4, room=32, dtype=torch.bfloat16)
     half(want["ids"], cache, lengths)
-    whole = (half(want["ids"]).float() - want["logits"]).abs()[real(lengths, want["ids"].shape[1])].max()
+    mask = real(lengths, want["ids"].shape[1])
+    whole = (half(want["ids"]).float() - want["logits"])[mask]
+    errors = []
     for step in range(want["greedy"].shape[1]):
         got = half(want["greedy"][:, step : step + 1], cache)[:, 0].float()
         for row, length in enumerate(lengths.tolist()):
-            text = torch.cat((want["ids"][row, :length], want["greedy"][row, : step + 1]))[None]
-            assert (got[row] - model(text)[0, -1]).abs().max() < 2 * whole
+            text = torch.cat((want["ids"][row, :length], want["greedy"][row, : step + 1]))
+            errors.append(got[row] - model(text[None])[0, -1])
+    assert torch.stack(errors).square().mean() < 9 * whole.square().mean()
 
 
-@pytest.mark.parametrize("name", NAMES)
-@torch.no_grad()
-def test_packed_matrices_are_the_same_model(name):
-    """Guards a bias, a head or a projection forgotten in packing, for every family; and saving after it."""
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen2-window"])
+def test_autocast(name):
+    """Guards training in bf16: a mask in the wrong dtype, or a NaN from a smallest number of fp32
+    that is -inf in bf16. Logits and gradients must be near those of fp32."""
     model, want = golden(name)
-    model.pack()
-    assert_same(model(want["ids"]), want["logits"], want["lengths"])
-    assert not any(name.endswith("proj.weight") for name, _ in model.named_parameters())
-    with pytest.raises(ValueError, match="packed"):
-        model.save_pretrained("nowhere")
+    positions = torch.arange(13).repeat(4, 1)
+    branches = real(want["lengths"], 13).long() - 1
+    for tree in ({}, dict(positions=positions, branches=branches)):
+        gradients = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                logits = model.logits(model.hidden(want["ids"], **tree)).float()
+            loss = logits[real(want["lengths"], 13)].logsumexp(-1).sum()
+            gradients.append(flat_gradient(loss, model))
+        exact, rounded = gradients
+        assert (rounded - exact).norm() < 0.1 * exact.norm()
 
 
-@with_both
-def test_stale_slots_are_never_seen():
-    """Guards 0 * NaN: a forgotten or never written slot must not reach a result, whatever it holds within reason."""
-    config = Config.from_hf(TOY)
-    model = wide(config)
-    ids = torch.randint(50, (2, 9))
-    cache = KVCache(config, 2, 16)
-    model(ids, cache)
-    cache.set_lengths(torch.tensor([3, 5]))
-    got = model(ids[:, :1] * 0 + 7, cache)
-    alone = model(torch.cat((ids[0, :3], torch.tensor([7])))[None])
-    torch.testing.assert_close(got[0, 0], alone[0, -1], **TOLERANCE)
-    assert not got.requires_grad or got.grad_fn is not None and not cache.k.requires_grad
+def test_masks_under_autocast():
+    """Guards a mask in fp32 that autocast converts, and training keeps, once in every layer."""
+    positions = torch.arange(4)[None]
+    for hf in (TOY, TOY | dict(model_type="mistral", sliding_window=3)):
+        config = Config.from_hf(hf)
+        with torch.autocast("cpu", torch.bfloat16):
+            masks = make_masks(config, positions, positions * 0, None, torch.float32)
+        assert len(masks) == 1
+        for mask in masks.values():
+            assert mask.dtype == torch.bfloat16 and mask.isfinite().all()
 
 
-def test_gradient_checkpointing_changes_nothing():
-    """Guards a recomputation that sees other masks: same loss, same gradients; and gradients reach every weight."""
-    for family in ("gpt2", "llama3", "qwen2-window"):
-        model, want = golden(family)
-        grads = []
-        for flag in (False, True):
-            model.gradient_checkpointing = flag
-            model.zero_grad()
-            model(want["ids"]).logsumexp(-1).sum().backward()
-            grads.append([p.grad.clone() for p in model.parameters()])
-        for a, b in zip(*grads, strict=True):
-            torch.testing.assert_close(a, b)
-            assert a.abs().sum() > 0
-
-
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_blocks_of_queries_are_causal_attention(monkeypatch, kv_heads):
-    """Attention in blocks that sees a later token, misses the block's own past, or gives a head another's keys."""
-    model = wide(Config.from_hf(TOY | dict(num_key_value_heads=kv_heads)))
-    ids, results = torch.randint(50, (2, 300)), []  # two blocks and a part of one
-    for block in (10**6, 128):
-        monkeypatch.setattr(model_module, "BLOCK", block)
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen2-window"])
+def test_gradient_checkpointing_changes_nothing(name):
+    """Guards a recomputation that sees other masks, and a weight that no gradient reaches."""
+    model, want = golden(name)
+    gradients = []
+    for flag in (False, True):
+        model.gradient_checkpointing = flag
         model.zero_grad()
-        logits = model(ids)
-        (logits.logsumexp(-1) * torch.arange(300)).sum().backward()
-        results.append([logits.detach(), *(p.grad / p.grad.abs().max() for p in model.parameters())])
-    for whole, blocks in zip(*results, strict=True):
-        torch.testing.assert_close(blocks, whole, **TOLERANCE)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama3"])
-def test_activations_made_again(monkeypatch, family):
-    """What is computed twice keeps less and changes no gradient, with and without autocast; small batches keep all."""
-    model, want = golden(family)
-    kept, plain = {}, model_module.checkpoint
-
-    def keep(t):
-        kept[t.untyped_storage().data_ptr()] = t  # held, so that no address is used twice
-        return t
-
-    for precision, tolerance in ((torch.float32, 0), (torch.bfloat16, 0.05)):
-        results = []
-        for large in (2**20, 0):
-            monkeypatch.setattr(model_module, "LARGE", large)
-            monkeypatch.setattr(model_module, "checkpoint", lambda function, *inputs, **options: (
-                [keep(x) for x in inputs if torch.is_tensor(x)], plain(function, *inputs, **options))[1])  # fmt: skip
-            kept.clear()
-            hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
-            model.zero_grad()
-            with hooks, torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-                loss = model(want["ids"]).float().logsumexp(-1).sum()
-            loss.backward()
-            size = sum(t.untyped_storage().nbytes() for t in kept.values())
-            results.append((size, torch.cat([p.grad.flatten() for p in model.parameters()])))
-        (size, grad), (less, again) = results
-        assert less < 0.8 * size
-        assert (again - grad).norm() <= tolerance * grad.norm()
+        model(want["ids"]).logsumexp(-1).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+        assert plain.abs().sum() > 0
 
 
 @torch.no_grad()
 def test_rotary_angles_survive_a_cast():
-    """Guards frequencies rounded by model.to(bfloat16): at position 1000 that would turn the angle by several turns."""
-    model = wide(Config.from_hf(TOY))
-    position = torch.tensor([[1000]])
-    cos, sin = rope_angles(model.to(torch.bfloat16).config, position, torch.float32)
+    """Guards frequencies rounded by model.to(bfloat16): at position 1000 the angle would be off by
+    several turns."""
+    model = wide(Config.from_hf(TOY)).to(torch.bfloat16)
+    cos, sin = rope_angles(model.config, torch.tensor([[1000]]), torch.float32)
     want = 1000.0 * 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
     torch.testing.assert_close(cos.flatten().double(), want.cos(), atol=1e-3, rtol=0)
     torch.testing.assert_close(sin.flatten().double(), want.sin(), atol=1e-3, rtol=0)
-    assert all(tensor.dtype == torch.bfloat16 for tensor in model.state_dict().values())
     assert model(torch.zeros(1, 3, dtype=torch.long)).dtype == torch.bfloat16
 
 
@@ -430,7 +371,8 @@ def test_random_init():
     """Guards an initialisation that explodes or a residual projection that is not scaled down."""
     model = GPT(Config.from_hf(TOY | dict(hidden_size=64, tie_word_embeddings=True)))
     layer = model.layers[0]
-    assert 0.018 < layer.self_attn.q_proj.weight.std() < 0.022 and 0.008 < layer.mlp.down_proj.weight.std() < 0.012
+    assert 0.018 < layer.self_attn.q_proj.weight.std() < 0.022
+    assert 0.008 < layer.mlp.down_proj.weight.std() < 0.012
     assert model.lm_head is None and (layer.input_layernorm.weight == 1).all()
 
 
@@ -439,101 +381,113 @@ def test_random_init():
 
 def test_transformers_4_and_5_forms_agree():
     """Guards a theta or scaling read in one form and dropped in the other (llama-models#241)."""
-    numbers = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+    numbers = dict(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+    )
     old = Config.from_hf(TOY | dict(rope_theta=500.0, rope_scaling=dict(numbers, type="llama3")))
     new = dict(numbers, rope_type="llama3", rope_theta=500.0)
-    assert old == Config.from_hf(TOY | dict(rope_parameters=new)) and old.rope_theta == 500.0
-    assert old == Config.from_hf(TOY | dict(rope_parameters={"full_attention": new, "sliding_attention": dict(new)}))
-    assert old.rope_scaling == dict(numbers, rope_type="llama3")
+    assert old == Config.from_hf(TOY | dict(rope_parameters=new))
+    assert old.rope_theta == 500.0 and old.rope_scaling == dict(numbers, rope_type="llama3")
     plain = Config.from_hf(TOY)
     assert plain == Config.from_hf(TOY | dict(rope_scaling=None, rope_theta=10000.0))
-    assert plain == Config.from_hf(TOY | dict(rope_parameters=dict(rope_type="default", rope_theta=10000)))
-    with pytest.raises(CheckpointError, match="differ by layer"):
-        Config.from_hf(TOY | dict(rope_parameters={"full_attention": new, "sliding_attention": dict(new, factor=2.0)}))
+    default = dict(rope_type="default", rope_theta=10000)
+    assert plain == Config.from_hf(TOY | dict(rope_parameters=default))
 
 
+@pytest.mark.parametrize("name", ["llama-linear", "llama3"])
 @torch.no_grad()
-def test_golden_in_the_other_form(folder):
-    """As above, in numbers: the golden folders are of transformers 5, here they are read in the form of 4."""
-    for name, old in {
-        "llama-linear": dict(rope_theta=500.0, rope_scaling={"type": "linear", "factor": 4.0}),
-        "llama3": dict(rope_theta=100.0, rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0,
-                                                           high_freq_factor=4.0, original_max_position_embeddings=16)),
-    }.items():
-        want = load_file(GOLDEN / name / "golden.safetensors")
-        model = GPT.from_pretrained(folder(name, old, drop=["rope_parameters"]))
-        assert_same(model(want["ids"]), want["logits"], want["lengths"])
+def test_golden_in_the_other_form(name, folder):
+    """As above, in numbers: the golden folders are of transformers 5, here in the form of 4."""
+    config = json.loads((GOLDEN / name / "config.json").read_text())
+    scaling = config["rope_parameters"]
+    old = dict(rope_theta=scaling.pop("rope_theta"), rope_scaling=scaling)
+    same_as_golden(folder(name, old, drop=["rope_parameters"]), name)
 
 
 def test_defaults_of_missing_keys():
     """Guards a default taken from the wrong family when config.json leaves a key out."""
-    base = {k: v for k, v in TOY.items() if k not in ("num_key_value_heads", "model_type")}
-    eight = base | dict(num_attention_heads=8)
-    config = {name: Config.from_hf(eight | dict(model_type=name)) for name in ("llama", "mistral")}
-    assert config["llama"].n_kv_head == 8 and config["llama"].head_dim == 4 and config["llama"].window is None
-    assert config["mistral"].n_kv_head == 8 and config["mistral"].window == (4096, 4096)
-    assert Config.from_hf(base | dict(model_type="llama", head_dim=None, num_key_value_heads=None)).n_kv_head == 4
-    with pytest.raises(CheckpointError, match="8 key heads"):
-        Config.from_hf(base | dict(model_type="mistral"))
-    qwen2 = Config.from_hf(TOY | dict(model_type="qwen2"))
-    assert qwen2.qkv_bias and not qwen2.out_bias and not qwen2.tied and qwen2.window is None
-    assert qwen2.eos_token_id == ()
-    qwen3 = Config.from_hf(TOY | dict(model_type="qwen3"))
-    assert qwen3.head_dim == 128 and qwen3.qk_norm and not qwen3.qkv_bias
     gpt2 = Config.from_hf(dict(model_type="gpt2"))
     assert (gpt2.width, gpt2.mlp_width, gpt2.vocab_size, gpt2.tied) == (768, 3072, 50257, True)
-    assert Config.from_hf(TOY | dict(eos_token_id=[5, 6])).eos_token_id == (5, 6)
-    assert Config.from_hf(TOY | dict(eos_token_id=0)).eos_token_id == (0,) and Config.from_hf(TOY).eos_token_id == (2,)
+    llama = Config.from_hf(dict(model_type="llama"))
+    assert (llama.n_kv_head, llama.head_dim, llama.mlp_width) == (32, 128, 11008)
+    assert llama.windows == (None,) * 32 and llama.max_len == 2048 and not llama.tied
+    mistral = Config.from_hf(dict(model_type="mistral"))
+    assert (mistral.n_kv_head, mistral.mlp_width, mistral.max_len) == (8, 14336, 131072)
+    assert mistral.windows == (4096,) * 32
+    qwen2 = Config.from_hf(TOY | dict(model_type="qwen2"))
+    assert qwen2.qkv_bias and not qwen2.out_bias and qwen2.windows == (None, None)
+    qwen3 = Config.from_hf(TOY | dict(model_type="qwen3"))
+    assert qwen3.head_dim == 128 and qwen3.qk_norm and not qwen3.qkv_bias
+    nulls = Config.from_hf(TOY | dict(head_dim=None, num_key_value_heads=None))
+    assert nulls.n_kv_head == 4 and nulls.head_dim == 8
 
 
 def test_windows_of_qwen():
-    """Guards a window that is applied although use_sliding_window is off, or to the wrong layers."""
+    """Guards a window that is applied although it is switched off, or to the wrong layers."""
     qwen = TOY | dict(model_type="qwen2", num_hidden_layers=3, sliding_window=7)
-    assert Config.from_hf(qwen).window is None
-    assert Config.from_hf(qwen | dict(use_sliding_window=True, max_window_layers=2)).window == (None, None, 7)
+    assert Config.from_hf(qwen).windows == (None, None, None)
+    qwen = qwen | dict(use_sliding_window=True)
+    assert Config.from_hf(qwen | dict(max_window_layers=2)).windows == (None, None, 7)
+    assert Config.from_hf(qwen | dict(max_window_layers=28)).windows == (None, None, None)
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-    assert Config.from_hf(qwen | dict(use_sliding_window=True, layer_types=kinds)).window == (7, None, 7)
-    assert Config.from_hf(qwen | dict(use_sliding_window=True, max_window_layers=28)).window is None
-    assert Config.from_hf(TOY | dict(model_type="mistral", sliding_window=None)).window is None
+    assert Config.from_hf(qwen | dict(layer_types=kinds)).windows == (7, None, 7)
+    mistral = TOY | dict(model_type="mistral", sliding_window=None)
+    assert Config.from_hf(mistral).windows == (None, None)
 
 
-@pytest.mark.parametrize("change, word", [
-    (dict(model_type="bert"), "model_type"), (dict(model_type=None), "model_type"), (dict(model_type=["x"]), "['x']"),
-    (dict(hidden_act="swiglu"), "hidden_act"), (dict(hidden_act=3), "hidden_act"),
-    (dict(rope_scaling={"type": "yarn", "factor": 2.0}), "yarn"), (dict(rope_scaling=3), "rope"),
-    (dict(rope_scaling={"type": "linear"}), "factor"), (dict(rope_scaling={"type": "linear", "factor": -1}), "factor"),
-    (dict(rope_parameters={"rope_type": "default", "rope_theta": 0}), "rope_theta"),
-    (dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}), "partial"),
-    (dict(partial_rotary_factor=0.5), "partial_rotary_factor"), (dict(quantization_config={"bits": 4}), "quantization"),
-    (dict(hidden_size=-32), "hidden_size"), (dict(hidden_size="32"), "hidden_size"), (dict(vocab_size=True), "vocab"),
-    (dict(num_hidden_layers=10**12), "num_hidden_layers"), (dict(num_hidden_layers=2.0), "num_hidden_layers"),
-    (dict(head_dim=2**24), "head_dim"), (dict(head_dim=7), "head_dim"), (dict(num_attention_heads=0), "heads"),
-    (dict(num_key_value_heads=3), "heads"), (dict(num_attention_heads=5, num_key_value_heads=5), "heads"),
-    (dict(rms_norm_eps="1e-6"), "rms_norm_eps"), (dict(rms_norm_eps=float("nan")), "rms_norm_eps"),
-    (dict(tie_word_embeddings="no"), "tie_word_embeddings"), (dict(eos_token_id="</s>"), "eos_token_id"),
-    (dict(eos_token_id=[1, None]), "eos_token_id"), (dict(attention_bias=1), "attention_bias"),
-    (dict(model_type="mistral", layer_types=["full_attention", "sliding_attention"]), "layer_types"),
-    (dict(model_type="qwen2", use_sliding_window=True, layer_types=["full_attention"]), "layer_types"),
-    (dict(model_type="qwen2", use_sliding_window=True, layer_types="full"), "layer_types"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (dict(model_type="bert"), "model_type"),
+        (dict(model_type=None), "model_type"),
+        (dict(hidden_act="swiglu"), "swiglu"),
+        (dict(rope_scaling={"type": "yarn", "factor": 2.0}), "yarn"),
+        (dict(rope_scaling={"type": "linear"}), "factor"),
+        (dict(rope_parameters={"full_attention": {"rope_theta": 5.0}}), "full_attention"),
+        (dict(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
+        (dict(quantization_config={"bits": 4}), "quantization_config"),
+        (dict(model_type="gpt2", add_cross_attention=True), "add_cross_attention"),
+        (dict(hidden_size="32"), "hidden_size"),
+        (dict(num_hidden_layers=0), "num_hidden_layers"),
+        (dict(num_key_value_heads=3), "num_key_value_heads=3"),
+        (dict(num_attention_heads=5, num_key_value_heads=5), "5 heads"),
+        (dict(model_type="qwen2", use_sliding_window=True, layer_types=["full"]), "layer_types"),
+    ],
+)
 def test_bad_config_is_one_line(change, word):
-    """Guards settings that are silently ignored or that end in a stack trace far from their cause."""
-    with pytest.raises(CheckpointError) as error:
+    """Guards settings that are silently ignored, and stack traces far from their cause."""
+    with pytest.raises(CheckpointError, match=word) as error:
         Config.from_hf(TOY | change)
-    assert word in str(error.value) and "\n" not in str(error.value)
-
-
-def test_gpt2_options_are_not_ignored():
-    """Guards GPT-2's rarer options: what is not computed is refused."""
-    with pytest.raises(CheckpointError, match="add_cross_attention"):
-        Config.from_hf(dict(model_type="gpt2", add_cross_attention=True))
-    with pytest.raises(CheckpointError, match="activation_function"):
-        Config.from_hf(dict(model_type="gpt2", activation_function="quick_gelu"))
-    config = Config.from_hf(dict(model_type="gpt2", scale_attn_by_inverse_layer_idx=True, scale_attn_weights=False))
-    assert config.scale_by_layer and not config.scale_by_head
+    assert "\n" not in str(error.value)
 
 
 # ---- folders
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """folder(name, config changes, edit of the tensors, keys to drop) -> a changed copy."""
+
+    def copy(name, edit=None, tensors=None, drop=()):
+        target = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(GOLDEN / name, target)
+        config = json.loads((target / "config.json").read_text()) | (edit or {})
+        for key in drop:
+            del config[key]
+        (target / "config.json").write_text(json.dumps(config))
+        if tensors is not None:
+            weights = load_file(target / "model.safetensors")
+            weights = tensors(weights)
+            copies = {key: value.contiguous().clone() for key, value in weights.items()}
+            save_file(copies, target / "model.safetensors")
+        return target
+
+    return copy
+
+
+def without(weights, name):
+    return {key: value for key, value in weights.items() if key != name}
 
 
 def same_as_golden(path, name):
@@ -544,125 +498,188 @@ def same_as_golden(path, name):
     return model
 
 
+def refuses(path, *words):
+    """Loading raises CheckpointError with a message of one line that holds all the words."""
+    with pytest.raises(CheckpointError) as error:
+        GPT.from_pretrained(path)
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 600, message
+    for word in words:
+        assert word in message, message
+
+
 def test_loading_owns_its_weights_once(monkeypatch, tmp_path):
-    """Guards a second full copy while loading, weights left on meta (transformers#43159), and weights that are a view
-    of the mapped file and change with it."""
-    model = GPT(Config.from_hf(TOY | dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4)))
+    """Guards a second full copy while loading, weights left on meta (transformers#43159), and
+    weights that are a view of the file and change with it."""
+    hf = TOY | dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
+    model = GPT(Config.from_hf(hf))
     model.save_pretrained(tmp_path)
-    total = sum(p.numel() * 4 for p in model.parameters())
-    largest = max(p.numel() * 4 for p in model.parameters())
-    sizes, empty = [], torch.empty
+    sizes = []
+    plain = torch.empty
 
     def counted(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        sizes.append(0 if tensor.is_meta else tensor.nbytes)  # the shapes built on meta cost nothing
+        tensor = plain(*args, **kwargs)
+        if not tensor.is_meta:
+            sizes.append(tensor.nbytes)
         return tensor
 
     monkeypatch.setattr(model_module.torch, "empty", counted)
-    tracemalloc.start()
     loaded = GPT.from_pretrained(tmp_path)
-    python_peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert max(sizes) == largest and sum(sizes) == total  # one tensor at a time
-    assert python_peak < total / 2  # and no bytes object that holds the file
-    (tmp_path / "model.safetensors").write_bytes(b"\0" * (tmp_path / "model.safetensors").stat().st_size)
-    for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
-        assert b.device.type == "cpu" and b.is_contiguous() and torch.equal(a, b)
-        assert b.untyped_storage().nbytes() == b.numel() * 4 and b.requires_grad
+    assert sizes == [p.nbytes for p in model.parameters()]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"\0" * path.stat().st_size)
+    for want, got in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert got.device.type == "cpu" and got.is_contiguous() and got.requires_grad
+        assert torch.equal(got, want) and got.untyped_storage().nbytes() == got.nbytes
 
 
-def test_tied_storage_variants(folder):
-    """Guards lm_head absent, present although tied, or the only name (Qwen3#733, vllm#6758, onnxruntime-genai#1089);
-    tying is sharing, not copying (LLMs-from-scratch#822); two different matrices are never merged."""
-    for name, embedding in (("gpt2", "transformer.wte.weight"), ("qwen2", "model.embed_tokens.weight")):
-        model = same_as_golden(GOLDEN / name, name)
-        assert len([p for n, p in model.named_parameters() if "head" in n]) == 0
-        both = folder(name, tensors=lambda w, e=embedding: w | {"lm_head.weight": w[e]})
-        assert sum(p.numel() for p in same_as_golden(both, name).parameters()) == sum(
-            p.numel() for p in model.parameters())
-        only_head = folder(name, tensors=lambda w, e=embedding: w | {"lm_head.weight": w.pop(e)})
-        same_as_golden(only_head, name)
-        differs = folder(name, tensors=lambda w, e=embedding: w | {"lm_head.weight": w[e] + 1})
-        refuses(differs, "lm_head.weight", "tie_word_embeddings")
-    refuses(folder("llama", tensors=lambda w: w.pop("lm_head.weight")[:0].tolist()), "lm_head.weight")
+@pytest.mark.parametrize(
+    "name, embedding", [("gpt2", "transformer.wte.weight"), ("qwen2", "model.embed_tokens.weight")]
+)
+def test_tied_storage_variants(name, embedding, folder):
+    """Guards lm_head absent, present although tied, or the only name (Qwen3#733, vllm#6758,
+    onnxruntime-genai#1089); tying is sharing, not copying (LLMs-from-scratch#822)."""
+
+    def both(weights):
+        return weights | {"lm_head.weight": weights[embedding]}
+
+    def only_head(weights):
+        return without(both(weights), embedding)
+
+    def different(weights):
+        return weights | {"lm_head.weight": weights[embedding] + 1}
+
+    size = sum(p.numel() for p in same_as_golden(GOLDEN / name, name).parameters())
+    for variant in (both, only_head):
+        model = same_as_golden(folder(name, tensors=variant), name)
+        assert sum(p.numel() for p in model.parameters()) == size
+    refuses(folder(name, tensors=different), "lm_head.weight", "tie_word_embeddings")
 
 
-def test_prefixes_and_constants(folder):
-    """Guards checkpoints of the bare model (no prefix) and old files that carry masks and frequencies; "c_attn.bias"
-    ends like the mask "attn.bias" and is none."""
+def test_names_without_prefix(folder):
+    """Guards checkpoints of the bare model, without the head's class around it."""
+
+    def bare(weights):
+        renamed = {}
+        for name, tensor in weights.items():
+            renamed[name.removeprefix("transformer.").removeprefix("model.")] = tensor
+        return renamed
+
     for name in ("gpt2", "llama", "qwen2"):
-        bare = folder(name, tensors=lambda w: {k.removeprefix("transformer.").removeprefix("model."): v
-                                               for k, v in w.items()})
-        same_as_golden(bare, name)
-    old = folder("gpt2", tensors=lambda w: w | {"h.0.attn.bias": torch.ones(1, 1, 32, 32, dtype=torch.uint8),
-                                                "transformer.h.1.attn.masked_bias": torch.tensor(-1e4)})
-    same_as_golden(old, "gpt2")
-    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    same_as_golden(folder("llama", tensors=lambda w: w | frequencies), "llama")
+        same_as_golden(folder(name, tensors=bare), name)
+
+
+def test_constants_of_old_files(folder):
+    """Guards old files that carry masks and angles. "c_attn.bias" ends like the mask "attn.bias"
+    and is none; any other tensor too many is refused."""
+    masks = {
+        "h.0.attn.bias": torch.ones(1, 1, 32, 32, dtype=torch.uint8),
+        "transformer.h.1.attn.masked_bias": torch.tensor(-1e4),
+    }
+    same_as_golden(folder("gpt2", tensors=lambda weights: weights | masks), "gpt2")
+    angles = {
+        f"model.layers.0.self_attn.rotary_emb.{name}": torch.ones(4)
+        for name in ("inv_freq", "cos_cached", "sin_cached")
+    }
+    same_as_golden(folder("llama", tensors=lambda weights: weights | angles), "llama")
+    extra = {"extra.weight": torch.ones(2)}
     for name in ("gpt2", "llama"):
-        refuses(folder(name, tensors=lambda w: w | {"extra.weight": torch.ones(2)}), "unexpected", "extra.weight")
+        path = folder(name, tensors=lambda weights: weights | extra)
+        refuses(path, "unexpected", "extra.weight")
 
 
-def test_shards(folder, tmp_path):
-    """Guards sharded checkpoints, and indexes that name files outside the folder or that are not there."""
-    for name in ("gpt2", "qwen3"):
-        path = folder(name)
-        weights = load_file(path / "model.safetensors")
-        (path / "model.safetensors").unlink()
-        keys = sorted(weights)
-        index = {key: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(keys)}
-        for shard in set(index.values()):
-            save_file({k: weights[k] for k in keys if index[k] == shard}, path / shard)
-        (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-        same_as_golden(path, name)
-    save_file({keys[0]: weights[keys[0]]}, tmp_path / "outside.safetensors")
-    outside = str(tmp_path / "outside.safetensors")
-    for bad in ("../outside.safetensors", outside, "absent.safetensors", "..", "", "a\0b"):
-        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index | {keys[0]: bad}}))
-        refuses(path, "is not a file in this folder")
-    for bad in ({}, {"weight_map": [1]}, {"weight_map": {"a": ["b"]}}):
-        (path / "model.safetensors.index.json").write_text(json.dumps(bad))
-        refuses(path, "weight_map")
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_shards(name, shards, folder):
+    """Guards checkpoints in several files, or in one that is named like a shard, and says which
+    tensor is not there when a file is missing."""
+    path = folder(name)
+    weights = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    keys = sorted(weights)
+    for shard in range(shards):
+        part = {key: weights[key] for key in keys[shard::shards]}
+        save_file(part, path / f"model-{shard + 1:05}-of-{shards:05}.safetensors")
+    same_as_golden(path, name)
+    (path / f"model-{shards:05}-of-{shards:05}.safetensors").unlink()
+    refuses(path, "no tensor" if shards == 2 else "no model.safetensors")
 
 
-def test_broken_folders(folder, tmp_path):
-    """Guards stack traces, and memory asked for on the word of a config: each is one line that says what to mend."""
-    refuses(tmp_path / "absent", "config.json")
-    for text in ("{", "[]", "\xff", "[" * 100_000, ""):
+def test_links_of_the_hub_cache(tmp_path):
+    """Guards a snapshot of the hub's cache: every file is a link into another folder."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(GOLDEN / "llama" / name)
+    same_as_golden(tmp_path, "llama")
+
+
+def test_a_name_of_the_hub_is_not_downloaded():
+    """Guards a stack trace, or silence, for the commonest first mistake."""
+    refuses("HuggingFaceTB/SmolLM2-135M", "no such folder", "nothing is downloaded")
+
+
+def test_swish_is_silu(folder):
+    """Guards the other name of an activation that older configs use."""
+    same_as_golden(folder("llama", dict(hidden_act="swish")), "llama")
+
+
+def test_broken_folders(folder):
+    """Guards stack traces: each broken folder is one line that names the file or the tensor."""
+    for text in ("{", "[]", "\xff", ""):
         path = folder("llama")
         (path / "config.json").write_text(text, encoding="latin-1")
         refuses(path, "config.json")
     path = folder("llama")
+    (path / "config.json").unlink()
+    refuses(path, "config.json")
+    path = folder("llama")
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
-    refuses(path, "pickled", "safetensors")
-    for content in (b"", b"\xff" * 64, b"\x10\0\0\0\0\0\0\0{not json at all", None):
+    refuses(path, "no model.safetensors", ".bin")
+    whole = (GOLDEN / "llama" / "model.safetensors").read_bytes()
+    for content in (b"", b"\xff" * 64, whole[:-10]):
         path = folder("llama")
-        file = path / "model.safetensors"
-        file.write_bytes(file.read_bytes()[:-10] if content is None else content)  # None: cut short
+        (path / "model.safetensors").write_bytes(content)
         refuses(path, "model.safetensors")
-    refuses(folder("llama", tensors=lambda w: w.pop("model.norm.weight")[:0].tolist()), "norm.weight")
-    refuses(folder("llama", tensors=lambda w: w | {"model.norm.weight": torch.ones(31)}), "norm.weight", "31", "32")
-    refuses(folder("gpt2", tensors=lambda w: w | {"transformer.h.0.attn.c_attn.weight": torch.ones(96, 32)}), "c_attn")
-    refuses(folder("llama", tensors=lambda w: w | {"model.norm.weight": torch.ones(32, dtype=torch.int8)}), "I8")
-    refuses(folder("llama", tensors=lambda w: w | {"norm.weight": torch.ones(32)}), "twice")
-    refuses(folder("llama", dict(vocab_size=2**24, hidden_size=2**23)), "config.json")
-    refuses(folder("llama", dict(num_hidden_layers=2**23)), "layers")
-    refuses(folder("llama", dict(intermediate_size=2**24)), "config.json")
+
+
+@pytest.mark.parametrize(
+    "name, tensor, shape, words",
+    [
+        ("llama", "lm_head.weight", None, ["lm_head.weight"]),
+        ("llama", "model.norm.weight", None, ["norm.weight"]),
+        ("llama", "model.norm.weight", (31,), ["norm.weight", "31", "32"]),
+        ("gpt2", "transformer.h.0.attn.c_attn.weight", (96, 32), ["c_attn.weight"]),
+        ("llama", "norm.weight", (32,), ["stored twice"]),
+    ],
+)
+def test_wrong_tensors(name, tensor, shape, words, folder):
+    """Guards weights that are of another model than config.json: missing, of another shape, or
+    there twice."""
+
+    def broken(weights):
+        if shape is None:
+            return without(weights, tensor)
+        return weights | {tensor: torch.ones(shape)}
+
+    refuses(folder(name, tensors=broken), *words)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_save_and_load(name, tmp_path):
-    """Guards a save that loses a key, a head or a transposition; a tied model writes one embedding; nothing
-    temporary is left behind."""
+    """Guards a save that loses a key, a head or a transposition; a tied model writes one embedding;
+    nothing temporary is left behind."""
     model, want = golden(name)
-    model.save_pretrained(tmp_path / "new" / "folder")
-    again = GPT.from_pretrained(tmp_path / "new" / "folder")
+    path = tmp_path / "new" / "folder"
+    model.save_pretrained(path)
+    again = GPT.from_pretrained(path)
     assert again.config == model.config and torch.equal(again(want["ids"]), model(want["ids"]))
-    weights = load_file(tmp_path / "new" / "folder" / "model.safetensors")
+    weights = load_file(path / "model.safetensors")
     assert set(weights) == set(load_file(GOLDEN / name / "model.safetensors"))
     assert ("lm_head.weight" in weights) == (not model.config.tied)
-    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
+    read = json.loads((GOLDEN / name / "config.json").read_text())
+    written = json.loads((path / "config.json").read_text())
+    assert written == read | dict(dtype="float32", torch_dtype="float32")
+    assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_save_is_atomic(monkeypatch, tmp_path):
@@ -686,23 +703,31 @@ def test_save_in_another_dtype(tmp_path):
     """Guards a dtype that is written in config.json but not in the weights, or the reverse."""
     model, _ = golden("qwen3")
     model.save_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    stored = load_file(tmp_path / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["torch_dtype"] == config["dtype"] == "bfloat16"
-    for a, b in zip(model.parameters(), GPT.from_pretrained(tmp_path).parameters(), strict=True):
-        assert torch.equal(a, b)  # the golden weights are bf16 already
-    assert GPT.from_pretrained(tmp_path, dtype=torch.float16).norm.weight.dtype == torch.float16
+    again = GPT.from_pretrained(tmp_path)
+    for want, got in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(got, want)  # the golden weights are bf16 already
+    half = GPT.from_pretrained(tmp_path, dtype=torch.float16)
+    assert half.norm.weight.dtype == torch.float16
 
 
 @torch.no_grad()
 def test_transformers_reads_what_we_save(tmp_path):
     """Guards a folder that only we can read (runs where transformers is installed)."""
     transformers = pytest.importorskip("transformers")
-    toys = [TOY, TOY | dict(model_type="qwen3"), dict(model_type="gpt2", vocab_size=50, n_embd=32, n_layer=2, n_head=4),
-            TOY | dict(model_type="mistral", sliding_window=4, rope_theta=77.0, tie_word_embeddings=True)]
+    toys = [
+        TOY,
+        TOY | dict(model_type="qwen3"),
+        dict(model_type="gpt2", vocab_size=50, n_embd=32, n_layer=2, n_head=4),
+        TOY | dict(model_type="mistral", sliding_window=4, rope_theta=77.0),
+    ]
     models = [golden(name)[0] for name in NAMES] + [wide(Config.from_hf(toy)) for toy in toys]
     ids = torch.randint(50, (2, 12))
     for i, model in enumerate(models):
-        model.save_pretrained(tmp_path / str(i))
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(i), dtype=torch.float32)
+        path = tmp_path / str(i)
+        model.save_pretrained(path)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         torch.testing.assert_close(theirs(ids).logits, model(ids), **TOLERANCE)

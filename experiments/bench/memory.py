@@ -1,11 +1,11 @@
-"""What a training step of a large model holds in memory, traced without the memory: `--weights bfloat16`, Eq. 1.
+"""What a training step of a large model holds in memory, traced without the memory.
 
-    python experiments/bench/memory.py            # Qwen2.5 shapes, a minute on one core
+    python experiments/bench/memory.py            # Qwen2.5's shapes, a minute on one core
 
-FakeTensorMode runs the model and the optimizer on tensors that have shapes but no content, and every storage that is
-alive is counted: two micro-batches of 4 pairs of 512 tokens a side, of which half are the prompt that both share,
-gradient checkpointing, then the optimizer's step. Not counted: gaps of an allocator, buffers inside CUDA kernels,
-clipping.
+FakeTensorMode runs model and optimizer on tensors that have shapes but no content, and the storages
+that are alive are counted. A step: two micro-batches of 4 pairs of 512 tokens a side, half of them
+the prompt, with float32 weights, bfloat16 activations and gradient checkpointing, then AdamW. Not
+counted: gaps of an allocator, buffers inside kernels, clipping.
 """
 
 import sys
@@ -19,76 +19,113 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from data import UserError, flag, parse_flags
 from model import GPT, Config
-from rollout import entry, flag, parse
-from train import RoundingAdamW, dpo_loss, sequence_logprobs
+from rollout import Pair, Policy, run_program
+from train import TrainFlags, dpo, forward_backward, resolve
 
-SHAPES = {  # width, mlp, layers, heads, key heads, tied, vocabulary
-    "0.5B": (896, 4864, 24, 14, 2, True, 151936), "1.5B": (1536, 8960, 28, 12, 2, True, 151936),
-    "7B": (3584, 18944, 28, 28, 4, False, 152064)}  # fmt: skip
-KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-        "tie_word_embeddings", "vocab_size")  # fmt: skip
+SHAPES = {
+    "0.5B": dict(
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        vocab_size=151936,
+    ),
+    "1.5B": dict(
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        vocab_size=151936,
+    ),
+    "7B": dict(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+        vocab_size=152064,
+    ),
+}
 
 
 @dataclass
-class BenchConfig:
-    shapes: str = flag("0.5B 1.5B 7B", "of " + " ".join(SHAPES))
-    pairs: int = flag(4, "pairs a micro-batch", 1)
-    tokens: int = flag(512, "tokens a side", 1)
+class BenchFlags:
+    shapes: str = flag("0.5B 1.5B 7B", "models, of " + " ".join(SHAPES), group="run")
+    pairs: int = flag(4, "pairs a micro-batch", least=1)
+    tokens: int = flag(512, "tokens a side", least=4)
+    dtype: str = flag("bfloat16", "of activations", choices=("bfloat16", "float32"))
+    gradient_checkpointing: int = flag(1, "1: recompute activations", least=0, most=1)
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, and the most there were since `peak` was set."""
+    """Counts the bytes of all storages that are alive, and the most there were since `peak` was
+    set."""
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.sizes = 0, 0, {}
+        self.now = 0
+        self.peak = 0
+        self.sizes = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.sizes:
-                    self.sizes[storage._cdata] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self.gone, storage._cdata)
+                self.count(tensor.untyped_storage())
         return out
 
-    def gone(self, key):
+    def count(self, storage):
+        if storage._cdata in self.sizes:
+            return
+        self.sizes[storage._cdata] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.forget, storage._cdata)
+
+    def forget(self, key):
         self.now -= self.sizes.pop(key)
 
 
+def trace(shape, flags):
+    """Bytes held between two steps, and at most in forward and backward, and in the optimizer."""
+    half = [0] * (flags.tokens // 2)
+    pair = Pair("", "response", 1, prompt=half, chosen=half, rejected=half, reference=[0.0, 0.0])
+    micro_tokens = flags.pairs * len(half) * 3  # prompt, chosen, rejected
+    c = resolve(TrainFlags(data="jsonl", micro_tokens=micro_tokens))
+    config = Config.from_hf(dict(shape, model_type="qwen2"))
+    with FakeTensorMode(), Alive() as alive:
+        model = GPT(config)
+        model.gradient_checkpointing = bool(flags.gradient_checkpointing)
+        policy = Policy(model, None, c.prompt, dtype=flags.dtype)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        for _ in range(2):  # AdamW's moments exist from the second step on
+            alive.peak = alive.now
+            forward_backward(policy, [pair] * (2 * flags.pairs), dpo, c)
+            in_backward = alive.peak
+            alive.peak = alive.now
+            optimizer.step()
+            in_optimizer = alive.peak
+            optimizer.zero_grad(set_to_none=True)
+        held = alive.now
+    return held, in_backward, in_optimizer
+
+
 def main():
-    c = parse(BenchConfig, __doc__)
-    print(f"{'GB':7}{'weights, gradients, moments':>29}{'most in forward, backward':>27}{'in the optimizer':>18}")
-    for name in c.shapes.split():
-        config = Config.from_hf(dict(model_type="qwen2", **dict(zip(KEYS, SHAPES[name], strict=True))))
-        with FakeTensorMode(), Alive() as alive:
-            torch.set_default_dtype(torch.bfloat16)
-            model = GPT(config)
-            torch.set_default_dtype(torch.float32)
-            model.gradient_checkpointing = True
-            options = dict(seed=0, lr=1e-6, betas=(0.9, 0.99), weight_decay=0.01)
-            optimizer = RoundingAdamW(model.parameters(), **options)
-            for _ in range(2):  # moments exist from the second step on
-                most = []
-                alive.peak = alive.now
-                for _ in range(2):
-                    half = [0] * (c.tokens // 2)
-                    chosen, rejected = sequence_logprobs(model, c.pairs * [(half, half, half)]).view(-1, 2).T
-                    zero = torch.zeros(c.pairs)
-                    dpo_loss(chosen, rejected, zero, zero, 0.1)[0].mean().backward()
-                    del chosen, rejected
-                most.append(alive.peak)
-                alive.peak = alive.now
-                optimizer.step()
-                most.append(alive.peak)
-                optimizer.zero_grad(set_to_none=True)
-        held = 8 * sum(p.numel() for p in model.parameters())
-        print(f"{name:7}{held / 1e9:29.1f}{most[0] / 1e9:27.1f}{most[1] / 1e9:18.1f}")
+    flags = parse_flags(BenchFlags, __doc__)
+    print(f"{'GB':7}{'weights, moments':>18}{'in forward, backward':>22}{'in the optimizer':>18}")
+    for name in flags.shapes.split():
+        if name not in SHAPES:
+            raise UserError(f"--shapes: {name!r} is not one of {', '.join(SHAPES)}")
+        held, in_backward, in_optimizer = trace(SHAPES[name], flags)
+        print(f"{name:7}{held / 1e9:18.1f}{in_backward / 1e9:22.1f}{in_optimizer / 1e9:18.1f}")
 
 
 if __name__ == "__main__":
-    entry(main)
+    run_program(main)

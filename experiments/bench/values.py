@@ -1,64 +1,77 @@
-"""What step values cost: tokens decoded by each scan, and whether it finds the first pits of the full scan.
+"""What the values of steps cost, and how far K continuations settle where the first pit is.
 
     python experiments/bench/values.py            # built-in task, K = 16, two minutes on one core
 
-All scans but "again" value the same wrong solutions of one SFT model with the same random streams. "fresh" is the full
-scan without what the problem's other samples tell, and the measure of the others' tokens; "again" the same by other
-streams: how far K rollouts settle a pit at all. "as full", "as fresh": the share of solutions with the same first pit;
-"bad step", "all lost": the pit judged against the truth of every step.
+One SFT model's wrong solutions are valued three times: up to the first pit, at all steps, and at
+all steps with other random numbers. The last says how often a pit is the same one at all. On the
+built-in task the truth of every step is known, so the pits can be compared with it.
 """
 
 import sys
 import time
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from credit import judged
-from lab import Cell
-
-from rollout import claim, entry, estimate_values, flag, parse, to_value
-from train import drawing
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from data import claim_folder, flag, load_problems, parse_flags
+from evaluate import pit_report
+from rollout import estimate_values, load_policy, run_program, sample, solutions_to_value
+from train import TrainFlags, resolve, train_sft
 
 
 @dataclass
-class BenchConfig:
-    out: str = flag("runs/bench/values", "folder of the runs")
-    size: int = flag(400, "training problems", 8)
-    solutions: int = flag(300, "wrong solutions to value", 1)
-    k: int = flag(16, "K: rollouts a step prefix", 1)
-    seed: int = flag(0, "of problems, training and random streams")
+class BenchFlags:
+    out: str = flag("runs/bench/values", "folder of the model and its samples", group="run")
+    limit: int = flag(400, "training problems", least=8)
+    solutions: int = flag(300, "wrong solutions to value", least=1)
+    rollouts: int = flag(16, "K: continuations per prefix of steps", least=1)
+    seed: int = flag(0, "of problems, training and samples", least=0)
+
+
+def value(policy, problems, solutions, k, scan):
+    """Value copies of `solutions`. Returns them, the tokens decoded and the seconds it took."""
+    solutions = deepcopy(solutions)
+    began = time.monotonic()
+    estimate_values(policy, problems, solutions, k=k, scan=scan)
+    return solutions, policy.decoded, time.monotonic() - began
 
 
 def main():
-    c = parse(BenchConfig, __doc__)
-    claim(c, Path(c.out) / "bench.json")
-    cell = Cell(Path(c.out) / "cell", limit=c.size, test=8, val=8, seed=c.seed)
-    cell.fit("sft", cell.c.model, cell.teacher, epochs=7.0)
-    rows, _ = cell.draw("sft")
-    wrong = dict(list(to_value(cell.train, rows, 4, 0).items())[: c.solutions])
-    found, table = {}, []
-    for name in ("fresh", "again", "full", "first", "sequential", "bisect"):
-        policy, path, began = cell.policy("sft"), cell.folder / f"{name}-{c.k}.jsonl", time.monotonic()
-        path.unlink(missing_ok=True)  # a bench measures, it does not resume
-        alone = name in ("fresh", "again")
-        found[name] = estimate_values(policy, cell.by_id, wrong, path, k=c.k, scan="full" if alone else name,
-                                      rollouts=None if alone else rows,
-                                      **drawing(cell.c, 7 if name == "again" else 0))  # fmt: skip
-        table.append((name, policy.stats, time.monotonic() - began))
-    ideal = sum(len(row["ids"]) + len(cell.encoder.prompt(cell.by_id[row["id"]])) for row in found["full"].values())
-    print(f"{len(wrong)} wrong solutions, K = {c.k}; every solution read once would be {ideal} tokens prefilled")
-    print(f"{'scan':12}{'prefilled':>11}{'decoded':>10}{'of fresh':>10}{'seconds':>9}{'as full':>9}{'as fresh':>10}"
-          f"{'bad step':>10}{'all lost':>10}")  # fmt: skip
-    pits = {name: np.array([row["pit"] for row in values.values()]) for name, values in found.items()}
-    for name, stats, seconds in table:
-        truth = judged(cell, list(found[name].values()))
-        print(f"{name:12}{stats['prefilled']:11}{stats['decoded']:10}{stats['decoded'] / table[0][1]['decoded']:10.1%}"
-              f"{seconds:9.1f}{np.mean(pits[name] == pits['full']):9.1%}{np.mean(pits[name] == pits['fresh']):10.1%}"
-              f"{truth['precision']:10.1%}{truth['recall']:10.1%}")  # fmt: skip
+    flags = parse_flags(BenchFlags, __doc__)
+    claim_folder(flags, Path(flags.out) / "bench.json")
+    c = resolve(
+        TrainFlags(
+            out=flags.out,
+            limit=flags.limit,
+            seed=flags.seed,
+            sft_epochs=7.0,
+            generator_epochs=7.0,
+            threads=1,
+        )
+    )
+    problems = load_problems("arithmetic", "train", c.limit, c.seed)
+    by_id = {problem.id: problem for problem in problems}
+    train_sft(c, problems)
+    folder = Path(c.out) / "sft"
+    policy = load_policy(folder, c)
+    rollouts = sample(policy, problems, folder / "rollouts.jsonl", c.samples)
+    solutions = solutions_to_value(policy, problems, rollouts, wrong=4)[: flags.solutions]
+    print(f"{len(solutions)} wrong solutions, K = {flags.rollouts}")
+    print(f"{'scan':8}{'decoded':>10}{'seconds':>9}{'pit as full':>13}")
+    full_pits = None
+    for name, scan, seed in (("full", "full", 0), ("first", "first", 0), ("again", "full", 7)):
+        policy = load_policy(folder, replace(c, seed=seed))
+        valued, decoded, seconds = value(policy, by_id, solutions, flags.rollouts, scan)
+        pits = np.array([s.first_pit for s in valued])
+        if full_pits is None:
+            full_pits = pits
+        same = np.mean(pits == full_pits)
+        _, _, report = pit_report(by_id, valued, flags.rollouts).partition("; ")
+        print(f"{name:8}{decoded:10}{seconds:9.1f}{same:13.1%}   {report}")
 
 
 if __name__ == "__main__":
-    entry(main)
+    run_program(main)
