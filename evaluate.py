@@ -97,8 +97,8 @@ def evaluate(policy, problems, folder, samples=0, ks=(1, 5)):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = sample(policy, problems, folder / "greedy.jsonl", n=1, temperature=0)
-    greedy = [rows[problem.id]["samples"][0] for problem in problems]
+    greedy = sample(policy, problems, folder / "greedy.jsonl", n=1, temperature=0)
+    greedy = [greedy[problem.id][0] for problem in problems]
     correct = [s["correct"] for s in greedy]
     result = dict(
         problems=len(problems),
@@ -112,8 +112,8 @@ def evaluate(policy, problems, folder, samples=0, ks=(1, 5)):
         texts = zip(problems, greedy, strict=True)
         result["spurious"] = float(np.mean([count_spurious(p, s["text"]) for p, s in texts]))
     if samples:
-        rows = sample(policy, problems, folder / "samples.jsonl", samples)
-        result |= at_k([rows[problem.id]["samples"] for problem in problems], ks)
+        drawn = sample(policy, problems, folder / "samples.jsonl", samples)
+        result |= at_k(list(drawn.values()), ks)
     return result
 
 
@@ -222,19 +222,19 @@ def explain(problem, before, after, folder, *, k, samples, colour=False):
     by_id = {problem.id: problem}
     folder = Path(folder) / f"explain-{re.sub('[^a-zA-Z0-9]', '-', problem.id)}"
     folder.mkdir(parents=True, exist_ok=True)
-    rows = sample(before, [problem], folder / "rollouts.jsonl", samples)
-    correct = sum(s["correct"] for s in rows[problem.id]["samples"])
+    drawn = sample(before, [problem], folder / "rollouts.jsonl", samples)
+    correct = sum(s["correct"] for s in drawn[problem.id])
     lines = [
         problem.question.strip(),
         f"answer {problem.answer}; {correct} of {samples} samples are correct",
     ]
-    wrong = solutions_to_value(before, [problem], rows, wrong=1)
+    wrong = solutions_to_value(before, [problem], drawn, wrong=1)
     first_pits(before, by_id, wrong, folder / "values.jsonl", k=k, scan="full")
     if not wrong:
         lines.append("no wrong solution that ended: take another problem or more --samples")
         return "\n".join(lines)
     lines += explain_steps(problem, before, wrong[0], k, colour)
-    pairs = make_pairs("continuation", before, by_id, rows, wrong)
+    pairs = make_pairs("continuation", before, by_id, drawn, wrong)
     if not pairs:
         lines.append("no pair: no correct continuation was found before the pit")
         return "\n".join(lines)

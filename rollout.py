@@ -77,10 +77,10 @@ class Solution:
 
 def solutions_to_value(policy, problems, samples, *, wrong, correct=0):
     """At most `wrong` wrong and `correct` correct samples of each problem, ended and distinct, as
-    `Solution`s whose steps have no values yet. samples: {problem id: row of rollouts.jsonl}."""
+    `Solution`s whose steps have no values yet. samples: {problem id: its samples}."""
     solutions = []
     for problem in problems:
-        drawn = samples[problem.id]["samples"]
+        drawn = samples[problem.id]
         value = sum(s["correct"] for s in drawn) / len(drawn)  # V(x), at no cost
         left = {False: wrong, True: correct}
         seen = set()
@@ -287,7 +287,7 @@ PAIR_FORMS = {
 def make_pairs(form, policy, problems, samples, solutions, seed=0):
     """A pair for every wrong solution that has a way to do better. Returns a list of `Pair`.
 
-    form: a key of PAIR_FORMS. samples: {problem id: row of rollouts.jsonl}, where they come from.
+    form: a key of PAIR_FORMS. samples: {problem id: its samples}, from which they come.
     The end of text stands exactly where a solution ended, never behind a step that was cut out.
     """
     if form not in PAIR_FORMS:
@@ -297,7 +297,7 @@ def make_pairs(form, policy, problems, samples, solutions, seed=0):
         if s.correct:
             continue
         problem = problems[s.id]
-        correct = distinct([x for x in samples[s.id]["samples"] if x["correct"]])
+        correct = distinct([x for x in samples[s.id] if x["correct"]])
         # a stream of its own, so that a pair depends on no other solution
         order = np.random.default_rng([seed, s.sample, *s.ids]).permutation(len(correct))
 
@@ -333,19 +333,19 @@ def pair_row(pair, tokenizer):
 
 
 def sample(policy, problems, path, n, temperature=None):
-    """n solutions of every problem by `policy`: rows of the JSONL file `path`, {problem id: row}.
+    """n solutions of every problem by `policy`: rows of the JSONL file `path`. Returns {problem id:
+    list of samples}, a sample being {ids, text, ended, correct}.
 
-    A row: {id, temperature, samples: [{ids, text, ended, correct}, ...]}. Problems already in the
-    file are skipped. temperature: overrides the policy's; 0 is greedy. The processes share the
-    problems.
+    A row: {id, temperature, samples}. Problems already in the file are skipped. temperature:
+    overrides the policy's; 0 is greedy. The processes share the problems.
     """
     if temperature is None:
         temperature = policy.temperature
-    rows = {}
+    samples = {}
     for row in read_rows(path, dict(id=str, temperature=(int, float), samples=list)):
         check_samples(path, row, n, policy)
-        rows[row["id"]] = row
-    todo = [problem for problem in problems if problem.id not in rows]
+        samples[row["id"]] = row["samples"]
+    todo = [problem for problem in problems if problem.id not in samples]
     bar = progress("sample", "problem", len(problems), len(problems) - len(todo))
     at_once = max(1, policy.samples_at_once * WORLD // n)
     for start in range(0, len(todo), at_once):
@@ -354,15 +354,15 @@ def sample(policy, problems, path, n, temperature=None):
         sampled = policy.generate([policy.prompt(problem) for problem in mine], n, temperature)
         new = []
         for problem, solutions in zip(mine, sampled, strict=True):
-            samples = [policy.judge(ids, problem) for ids in solutions]
-            new.append(dict(id=problem.id, temperature=temperature, samples=samples))
+            judged = [policy.judge(ids, problem) for ids in solutions]
+            new.append(dict(id=problem.id, temperature=temperature, samples=judged))
         new = gather(new)
         append_rows(path, new)
-        rows |= {row["id"]: row for row in new}
+        samples |= {row["id"]: row["samples"] for row in new}
         bar.update(len(part))
     bar.close()
     gather([])  # rank 0 has written before any process goes on
-    return {problem.id: rows[problem.id] for problem in problems}
+    return {problem.id: samples[problem.id] for problem in problems}
 
 
 def check_samples(path, row, n, policy):
@@ -899,7 +899,7 @@ def main():
     hashes = dict(data_hash=content_hash(problems), model_hash=folder_hash(c.model))
     claim_folder(c, out / "rollout_config.json", **hashes)
     samples = sample(policy, problems, out / "rollouts.jsonl", c.samples)
-    verdicts = [s["correct"] for row in samples.values() for s in row["samples"]]
+    verdicts = [s["correct"] for drawn in samples.values() for s in drawn]
     print(f"{len(verdicts)} samples, {np.mean(verdicts):.1%} correct, in {out}")
     if c.rollouts:
         by_id = {problem.id: problem for problem in problems}

@@ -76,7 +76,7 @@ def train_pos(c, problems):
     base = load_policy(c.model, c, train=True)
     examples = teacher_examples(base, problems)
     for problem in problems:
-        correct = [s for s in samples[problem.id]["samples"] if s["correct"]]
+        correct = [s for s in samples[problem.id] if s["correct"]]
         for s in most_diverse(correct, c.keep):
             examples.append(Example(problem.id, base.prompt(problem), s["ids"]))
     if not examples:
@@ -131,7 +131,7 @@ def teacher_examples(policy, problems):
 def sample_own_problems(policy, problems, folder, c):
     """The policy's samples of its training problems: rollouts.jsonl in the policy's own folder."""
     samples = sample(policy, problems, folder / "rollouts.jsonl", c.samples)
-    verdicts = [s["correct"] for row in samples.values() for s in row["samples"]]
+    verdicts = [s["correct"] for drawn in samples.values() for s in drawn]
     print(f"{folder.name} is right on {np.mean(verdicts):.1%} of its samples")
     return samples
 

@@ -135,7 +135,7 @@ class Cell:
         """D+: at most `keep` correct samples of each problem, the most diverse, as Examples."""
         examples = []
         for problem in self.train:
-            correct = [s for s in samples[problem.id]["samples"] if s["correct"]]
+            correct = [s for s in samples[problem.id] if s["correct"]]
             for s in most_diverse(correct, keep):
                 examples.append(self.example(problem.id, s["ids"]))
         return examples
@@ -185,11 +185,11 @@ def arithmetic_cell(folder, *, limit, seed, spurious=0.2, val=400, test=1000, **
 
 def verdicts(samples):
     """Of all samples, {problem id: row}, whether each is correct."""
-    return [s["correct"] for row in samples.values() for s in row["samples"]]
+    return [s["correct"] for drawn in samples.values() for s in drawn]
 
 
 def count_tokens(samples):
-    return sum(len(s["ids"]) for row in samples.values() for s in row["samples"])
+    return sum(len(s["ids"]) for drawn in samples.values() for s in drawn)
 
 
 def share(verdicts):

@@ -58,7 +58,7 @@ def work(folder, seed, size, counts, inserted, flags):
     samples = cell.sample("sft")
     correct = {}
     for problem in cell.train:
-        of_problem = samples[problem.id]["samples"]
+        of_problem = samples[problem.id]
         correct[problem.id] = distinct([s for s in of_problem if s["correct"]])
     solved = [problem for problem in cell.train if correct[problem.id]]
     own = []

@@ -344,7 +344,7 @@ def test_sampling_resumes(tmp_path):
     rows = sample(policy, problems, path, 4)
     whole = path.read_bytes()
     assert list(rows) == [problem.id for problem in problems]
-    assert list(rows.values()) == read_rows(path)
+    assert list(rows.values()) == [row["samples"] for row in read_rows(path)]
     lines = whole.splitlines(keepends=True)
     half = b"".join(lines[:3]) + lines[3][:50]
     for damaged in (b"".join(lines[:3]), half, whole[:-1], b""):
@@ -389,7 +389,7 @@ def test_solutions_to_value():
     samples = [judged(f"#### {i}", correct=i == 9) for i in (9, 8, 8, 7, 6)]
     samples.insert(3, judged("#### 5", correct=False, ended=False))
     policy = Policy(None, TOKENIZER, "{question}\n")
-    rollouts = {"q": {"samples": samples}}
+    rollouts = {"q": samples}
     solutions = solutions_to_value(policy, [NINE], rollouts, wrong=2, correct=5)
     assert [s.sample for s in solutions] == [0, 1, 4]
     assert [s.q_values for s in solutions] == [[1.0], [0.0], [0.0]]
@@ -430,7 +430,7 @@ def lucky(prefix, i):
 
 def unvalued(*texts):
     """`Solution`s of NINE from texts, of which RIGHT is correct."""
-    rollouts = {"q": {"samples": [judged(text, text == RIGHT) for text in texts]}}
+    rollouts = {"q": [judged(text, text == RIGHT) for text in texts]}
     return solutions_to_value(Script(lucky), [NINE], rollouts, wrong=9, correct=9)
 
 
@@ -526,7 +526,7 @@ def test_values_resume_and_share_prefixes(tmp_path):
 
 def pairs_of(form, text=WRONG, samples=(RIGHT,), continuation=lucky, seed=0):
     s, policy = valued(text, continuation)
-    rollouts = {"q": {"samples": [judged(x) for x in samples] + [judged(text, False)]}}
+    rollouts = {"q": [judged(x) for x in samples] + [judged(text, False)]}
     return make_pairs(form, policy, {"q": NINE}, rollouts, [s], seed)
 
 

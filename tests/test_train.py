@@ -761,7 +761,7 @@ def fake_sample(policy, problems, path, n, temperature=None):
         wrong = policy.tokenizer.encode(problem.solution.replace("####", "####  3")) + [EOS]
         samples = [policy.judge(policy.solution(problem), problem)]
         samples += [policy.judge([i + 5, *wrong], problem) for i in range(n - 1)]
-        rows[problem.id] = dict(samples=samples)
+        rows[problem.id] = samples
     return rows
 
 
