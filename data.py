@@ -288,6 +288,7 @@ PRESETS = {
         pos_epochs=8.0,
         neg_epochs=3.0,
         eval_samples=8,
+        held_out=200,
     ),
     "jsonl": dict(
         model="",
@@ -307,6 +308,7 @@ PRESETS = {
         pos_epochs=3.0,
         neg_epochs=1.0,
         eval_samples=0,
+        held_out=50,
     ),
 }
 

@@ -158,6 +158,44 @@ def table(results):
     return "\n".join(lines)
 
 
+MOVED = ("margin", "chosen", "rejected")  # columns of metrics.csv
+
+
+def movement(path, stage):
+    """How training moved the pairs of a stage of metrics.csv: {"margin": [first, last], "chosen":
+    ..., "rejected": ...}, means of the first and the last tenth of its steps; {} without pairs."""
+    with open(path, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["stage"] == stage and row["margin"]]
+    few = max(1, len(rows) // 10)
+    moved = {}
+    for name in MOVED if rows else ():
+        values = [float(row[name]) for row in rows]
+        moved[name] = [float(np.mean(values[:few])), float(np.mean(values[-few:]))]
+    return moved
+
+
+def remarks(results):
+    """Lines on what Eq. 1 did: how its pairs moved, and a warning where the policy got worse on
+    training problems that were held out."""
+    lines = []
+    for name, result in results.items():
+        if "margin" in result:
+            moved = [f"{key} {result[key][0]:.2f} to {result[key][1]:.2f}" for key in MOVED]
+            lines.append(
+                f"{name}: {', '.join(moved)}, from the first tenth of its steps to the last"
+            )
+        if not name.startswith("neg") or "held_out" not in result:
+            continue
+        share = result["held_out"]
+        share_of_pos = results["pos"]["held_out"]
+        if share < share_of_pos:
+            lines.append(
+                f"{name} is worse than pos on held-out training problems ({share:.1%} against "
+                f"{share_of_pos:.1%}): a lower --neg-lr, fewer --neg-epochs or --nll 0.2 may help"
+            )
+    return lines
+
+
 # ---------------------------------------------------------------- values of steps
 
 
@@ -228,18 +266,37 @@ def explain(problem, before, after, folder, *, k, samples, colour=False):
         problem.question.strip(),
         f"answer {problem.answer}; {correct} of {samples} samples are correct",
     ]
-    wrong = solutions_to_value(before, [problem], drawn, wrong=1)
+    wrong = solutions_to_value(before, [problem], drawn, wrong=samples)
     first_pits(before, by_id, wrong, folder / "values.jsonl", k=k, scan="full")
     if not wrong:
         lines.append("no wrong solution that ended: take another problem or more --samples")
         return "\n".join(lines)
-    lines += explain_steps(problem, before, wrong[0], k, colour)
-    pairs = make_pairs("continuation", before, by_id, drawn, wrong)
-    if not pairs:
+    examples = []
+    for solution in wrong:
+        for pair in make_pairs("continuation", before, by_id, drawn, [solution]):
+            examples.append((solution, pair))
+    if not examples:
+        lines += explain_steps(problem, before, wrong[0], k, colour)
         lines.append("no pair: no correct continuation was found before the pit")
         return "\n".join(lines)
-    lines += explain_pair(pairs[0], before, after, colour)
+    if problem.meta:  # show a pair without luck, if there is one
+        clear = [example for example in examples if is_clear(problem, before, *example)]
+        lines.append(
+            f"{len(clear)} of {len(examples)} pairs set a bad step against steps that are all good"
+        )
+        examples = clear or examples
+    solution, pair = examples[0]
+    lines += explain_steps(problem, before, solution, k, colour)
+    lines += explain_pair(pair, before, after, colour)
     return "\n".join(lines)
+
+
+def is_clear(problem, policy, solution, pair):
+    """Whether a pair of the built-in task has a bad rejected step and only good chosen steps."""
+    prefix = solution.through_step(pair.first_pit - 1)
+    rejected = judge_steps(problem, policy.text(prefix + pair.rejected))
+    chosen = judge_steps(problem, policy.text(prefix + pair.chosen))
+    return rejected[-1] != "good" and set(chosen[pair.first_pit - 1 :]) == {"good"}
 
 
 def explain_steps(problem, policy, solution, k, colour):

@@ -48,7 +48,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data import RANK, UserError, apply_presets, claim_folder, content_hash, flag, folder_hash
 from data import load_problems, parse_flags, rank_zero_only, write_json, write_rows
-from evaluate import evaluate, pit_report, table
+from evaluate import evaluate, movement, pit_report, remarks, table
 from model import GPT
 from rollout import PAIR_FORMS, SCANS, WORLD, Example, Pair, PolicyFlags, advantages, first_pits
 from rollout import gather, load_policy, make_pairs, most_diverse, pair_row, progress, run_program
@@ -636,6 +636,9 @@ class TrainFlags(PolicyFlags):
     split: str = flag("test", "arithmetic: what to test on; val to choose flags", choices=SPLITS)
     limit: int | None = flag(None, "training problems; 0 = all of a file", least=0)
     test_limit: int | None = flag(None, "test problems; 0 = all of a file", least=0)
+    held_out: int | None = flag(
+        None, "training problems kept out, to see whether neg harms", least=0
+    )
     spurious: float = flag(0.2, "arithmetic: chance of a spurious step", least=0, most=1)
     steps: int = flag(4, "arithmetic: numbers that count", least=1)
     distractors: int = flag(2, "arithmetic: numbers that do not count", least=0)
@@ -677,19 +680,27 @@ def resolve(c):
 
 
 def load_data(c):
-    """(training problems, test problems)."""
+    """(training problems, test problems, training problems that are held out)."""
+    most = c.limit and c.limit + c.held_out
     if c.data == "arithmetic":
         world = dict(spurious=c.spurious, steps=c.steps, distractors=c.distractors)
-        train = load_problems(c.data, "train", c.limit, c.seed, **world)
-        return train, load_problems(c.data, c.split, c.test_limit, **world)
-    train = load_problems(c.data, limit=c.limit)
-    if c.test_data:
-        return train, load_problems(c.test_data, limit=c.test_limit)
-    test = train[9::10]
-    train = [problem for i, problem in enumerate(train) if i % 10 != 9]
-    if not test:
-        raise UserError(f"{c.data}: fewer than ten problems, so none to test on; name --test-data")
-    return train, test[: c.test_limit or None]
+        problems = load_problems(c.data, "train", most, c.seed, **world)
+        test = load_problems(c.data, c.split, c.test_limit, **world)
+    elif c.test_data:
+        problems = load_problems(c.data, limit=most)
+        test = load_problems(c.test_data, limit=c.test_limit)
+    else:
+        problems = load_problems(c.data, limit=most)
+        test = problems[9::10][: c.test_limit or None]
+        problems = [problem for i, problem in enumerate(problems) if i % 10 != 9]
+        if not test:
+            raise UserError(
+                f"{c.data}: fewer than ten problems, none to test on without --test-data"
+            )
+    # of a small file at most a twentieth is held out
+    enough = len(problems) - min(c.held_out, len(problems) // 20)
+    cut = min(c.limit or enough, enough)
+    return problems[:cut], test, problems[cut : cut + c.held_out]
 
 
 def check_problems(c, policy, train, test):
@@ -716,11 +727,11 @@ def check_problems(c, policy, train, test):
 
 def run(c):
     out = Path(c.out)
-    train, test = load_data(c)
-    check_problems(c, load_policy(c.model, c, train=True), train, test)
+    train, test, held_out = load_data(c)
+    check_problems(c, load_policy(c.model, c, train=True), train, test + held_out)
     if c.sft_epochs == 0:  # no imitation: the model itself is the generator
         train = [replace(problem, solution="") for problem in train]
-    hashes = dict(data_hash=content_hash(train + test), model_hash=folder_hash(c.model))
+    hashes = dict(data_hash=content_hash(train + test + held_out), model_hash=folder_hash(c.model))
     claim_folder(c, out / "config.json", **hashes)
     for name, problems in (("data", train), ("test", test)):  # a run can be read without its source
         write_rows(out / f"{name}.jsonl", [asdict(problem) for problem in problems])
@@ -733,11 +744,14 @@ def run(c):
     negs = sorted((path.name for path in out.glob("neg*")), key=lambda name: (len(name), name))
     for name in ("sft", "pos", *negs):
         if (out / name / "model.safetensors").exists():
-            results[name] = evaluate(
-                load_policy(out / name, c), test, out / name / "eval", samples=c.eval_samples
-            )
+            policy = load_policy(out / name, c)
+            results[name] = evaluate(policy, test, out / name / "eval", c.eval_samples)
+            results[name] |= movement(out / "metrics.csv", name)
+            if held_out:
+                kept_out = evaluate(policy, held_out, out / name / "held_out")
+                results[name]["held_out"] = kept_out["accuracy"]
     write_json(out / "results.json", results)
-    print(table(results))
+    print("\n".join([table(results), *remarks(results)]))
 
 
 def main():

@@ -24,7 +24,8 @@ from test_train import KINDS, config, items_of, loss_of, make_policy
 ROOT = Path(train.__file__).parent
 # Batches of 9 in micro-batches of a few: some are shared unevenly, and in some the second process
 # finds nothing left.
-TINY = """--limit 32 --test-limit 12 --samples 6 --negatives 2 --rollouts 3 --keep 2 --batch 9
+TINY = """--limit 32 --test-limit 12 --held-out 6
+    --samples 6 --negatives 2 --rollouts 3 --keep 2 --batch 9
     --micro-tokens 256 --lr 3e-4 --sft-epochs 2 --generator-epochs 1 --pos-epochs 1 --neg-epochs 1
     --nll 0.1 --eval-samples 0 --max-new-tokens 48 --distractors 1 --steps 3 --device cpu
     --dtype float32 --threads 1 --save-seconds 0""".split()

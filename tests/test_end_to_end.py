@@ -19,7 +19,8 @@ from data import BASE, Tokenizer, load_problems
 from train import TrainFlags
 
 ROOT = Path(train.__file__).parent
-TINY = """--limit 36 --test-limit 12 --samples 6 --negatives 2 --rollouts 3 --keep 2 --batch 8
+TINY = """--limit 36 --test-limit 12 --held-out 6
+    --samples 6 --negatives 2 --rollouts 3 --keep 2 --batch 8
     --sft-epochs 2 --generator-epochs 1 --pos-epochs 1 --neg-epochs 1 --eval-samples 0
     --max-new-tokens 48 --distractors 1 --steps 3 --device cpu --dtype float32 --threads 1"""
 TINY = TINY.split()
@@ -77,7 +78,9 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     done = program("train.py", "--rounds", 2, "--out", "x", *TINY, cwd=folder)
     assert done.returncode == 0, done.stderr
-    return folder / "x", done.stdout.splitlines()[-5:]
+    lines = done.stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if "against sft" in line)
+    return folder / "x", lines[start:]
 
 
 def test_neg_from_nothing_to_a_table(run):
@@ -89,12 +92,15 @@ def test_neg_from_nothing_to_a_table(run):
         *("pos/rollouts.jsonl", "pos/values.jsonl", "pos/pairs.jsonl"),
         *("neg/rollouts.jsonl", "neg/values.jsonl", "neg/pairs.jsonl"),
         *(f"{name}/eval/greedy.jsonl" for name in ("sft", "pos", "neg", "neg2")),
+        *(f"{name}/held_out/greedy.jsonl" for name in ("sft", "pos", "neg", "neg2")),
     }
     for name in ("sft", "generator", "pos", "neg", "neg2"):
         assert (out / name / "model.safetensors").exists()
     assert not [path for path in out.rglob("*") if "tmp" in path.name or "checkpoint" in path.name]
     assert "against sft" in table[0]
-    assert [line.split()[0] for line in table[1:]] == ["sft", "pos", "neg", "neg2"]
+    assert [line.split()[0] for line in table[1:5]] == ["sft", "pos", "neg", "neg2"]
+    moved = [line for line in table[5:] if "margin" in line]
+    assert [line.split()[0] for line in moved] == ["neg:", "neg2:"]
     results = json.loads((out / "results.json").read_text())
     assert [result["problems"] for result in results.values()] == [12] * 4
     assert {"commit", "torch", "seed"} <= set(json.loads((out / "config.json").read_text()))
@@ -180,7 +186,7 @@ def test_pos_reuses_what_is_there(run, call):
     assert code == 0, err
     assert results_of(out) == before and log_of(out) == log
     assert {path: path.stat().st_mtime_ns for path in times} == times
-    assert printed.splitlines()[-5:] == table
+    assert printed.splitlines()[-len(table) :] == table
 
 
 def test_the_same_seed_gives_the_same_run(run, tmp_path, call):
@@ -275,8 +281,8 @@ def test_own_files_run(tmp_path, jsonl, call):
     code, _, err = call("--mode", "pos", *own, *TINY, "--limit", 0, "--test-limit", 0)
     assert code == 0, err
     results = json.loads((tmp_path / "f" / "results.json").read_text())
-    assert results["pos"]["problems"] == 3, "every tenth is kept out"
-    assert len(rows_of(tmp_path / "f" / "generator" / "rollouts.jsonl")) == 27
+    assert results["pos"]["problems"] == 3, "every tenth is for the test"
+    assert len(rows_of(tmp_path / "f" / "generator" / "rollouts.jsonl")) == 26, "one is held out"
 
 
 def test_rollout_and_evaluate_programs(tmp_path, jsonl):
@@ -331,6 +337,7 @@ def test_answers_without_solutions(call, tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_text("\n".join(lines))
     flags = [*TINY, "--model", BASE, "--data", path, "--prompt", "{question}\n", "--limit", 0]
+    flags += ["--held-out", 0]
     code, _, err = call(*flags, "--out", tmp_path / "x")
     assert_refused(code, err)
     assert "--sft-epochs 0" in err
@@ -339,4 +346,4 @@ def test_answers_without_solutions(call, tmp_path):
     weights = [folder / "model.safetensors" for folder in (BASE, tmp_path / "x" / "sft")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     assert {row["stage"] for row in log_of(tmp_path / "x")} == {"pos", "neg"}
-    assert out.splitlines()[-1].startswith("neg")
+    assert "\nneg: margin" in out

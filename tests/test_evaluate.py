@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 from data import Problem, Tokenizer, load_problems, read_rows
 from evaluate import compare, majority_correct, mcnemar, pass_at_k, pit_report, probability
+from evaluate import movement, remarks
 from evaluate import q_by_step, table, wilson
 from model import GPT
 from rollout import Policy, Solution, run_program
@@ -272,14 +273,39 @@ def test_explain_shows_the_pit_and_both_probabilities(tmp_path, monkeypatch, cap
         if "rejected" not in output.out:
             continue
         shown += 1
-        [row] = read_rows(tmp_path / f"explain-test-0-{number}" / "values.jsonl")
+        rows = read_rows(tmp_path / f"explain-test-0-{number}" / "values.jsonl")
         lines = output.out.splitlines()
         [pit] = [line for line in lines if "<- the first pit" in line]
-        assert int(pit.split()[0]) == row["first_pit"]
         [rejected] = [line for line in lines if line.startswith("rejected")]
-        assert rejected.endswith(row["text"].split("\n")[row["first_pit"] - 1])
+        number_of_pit = int(pit.split()[0])
+        shown_rows = [row for row in rows if row["first_pit"] == number_of_pit]
+        steps = [row["text"].split("\n")[number_of_pit - 1] for row in shown_rows]
+        assert any(rejected.endswith(step) for step in steps)
+        assert any("pairs set a bad step against steps that are all good" in x for x in lines)
         before, after = map(float, rejected.split()[1:3])
         assert before == after < 1
     assert shown
     code, output = run_cli(monkeypatch, capsys, *flags, "--explain", 4)
     assert code == 2 and "--explain 4" in output.err
+
+
+def test_remarks_on_neg():
+    """A policy that per-step DPO made worse, and nobody says so; a warning where it did not."""
+    moved = dict(margin=[0.0, 0.5], chosen=[-3.0, -2.5], rejected=[-2.0, -4.0])
+    results = dict(pos=dict(held_out=0.5), neg=dict(held_out=0.4, **moved))
+    lines = remarks(results)
+    assert lines[0].startswith("neg: margin 0.00 to 0.50, chosen -3.00 to -2.50, rejected -2.00")
+    assert "neg is worse than pos" in lines[1] and "--neg-lr" in lines[1] and len(lines) == 2
+    results["neg"]["held_out"] = 0.5
+    assert len(remarks(results)) == 1
+    assert remarks(dict(sft={}, pos={}, neg=moved)) == lines[:1], "nothing was held out"
+
+
+def test_movement(tmp_path):
+    """Means over another stage, or over all steps."""
+    rows = ["stage,step,margin,chosen,rejected", "pos,0,,,"]
+    rows += [f"neg,{i},{i},{-i},{2 * i}" for i in range(20)]
+    (tmp_path / "metrics.csv").write_text("\n".join(rows))
+    moved = movement(tmp_path / "metrics.csv", "neg")
+    assert moved == dict(margin=[0.5, 18.5], chosen=[-0.5, -18.5], rejected=[1.0, 37.0])
+    assert movement(tmp_path / "metrics.csv", "pos") == {}

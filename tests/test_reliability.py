@@ -26,7 +26,8 @@ import rollout
 import train
 from data import BASE, UserError, append_rows, load_problems, write_rows
 
-TINY = """--limit 24 --test-limit 4 --samples 4 --negatives 2 --rollouts 2 --keep 2 --batch 8
+TINY = """--limit 24 --test-limit 4 --held-out 4
+    --samples 4 --negatives 2 --rollouts 2 --keep 2 --batch 8
     --rounds 2 --sft-epochs 2 --generator-epochs 1 --pos-epochs 1 --neg-epochs 1 --eval-samples 2
     --max-new-tokens 32 --distractors 1 --steps 3 --device cpu --dtype float32 --threads 1
     --save-seconds 0""".split()

@@ -700,7 +700,8 @@ FLAGS = dict(
     model=(str(BASE), lambda calls: calls.load_policy[0].folder),
     seed=(5, lambda calls: calls.batch_indices[0].seed),
     data=("train.jsonl", lambda calls: calls.load_problems[0].data),
-    limit=(7, lambda calls: calls.load_problems[0].limit),
+    limit=(7, lambda calls: calls.load_problems[0].limit - FLAGS["held_out"][0]),
+    held_out=(3, lambda calls: calls.load_problems[0].limit - FLAGS["limit"][0]),
     test_data=("test.jsonl", lambda calls: calls.load_problems[1].data),
     test_limit=(3, lambda calls: calls.load_problems[1].limit),
     prompt=("{question}?\n", lambda calls: calls.sample[0].policy.prompt_format),
@@ -828,7 +829,8 @@ def test_modes(calls, mode):
     """A stage more or less than --mode names."""
     run_with(mode=mode, rounds=1)
     assert [call.name for call in calls.fit] == STAGES[mode]
-    assert [call.folder.parent.name for call in calls.evaluate] == STAGES[mode]
+    folders = [call.folder for call in calls.evaluate]
+    assert [f.parent.name for f in folders if f.name == "eval"] == STAGES[mode]
 
 
 def test_eq_4_takes_its_flags(calls):
@@ -844,8 +846,8 @@ def test_eq_4_takes_its_flags(calls):
 def test_flags_of_the_built_in_task(calls):
     """Test problems of the wrong split or of another difficulty; a seed that changes them."""
     world = dict(spurious=0.3, steps=2, distractors=1)
-    load_data(config(split="val", limit=4, test_limit=6, seed=8, **world))
-    both = [dict(split="train", limit=4, seed=8), dict(split="val", limit=6, seed=0)]
+    load_data(config(split="val", limit=4, held_out=3, test_limit=6, seed=8, **world))
+    both = [dict(split="train", limit=7, seed=8), dict(split="val", limit=6, seed=0)]
     assert [vars(call) for call in calls.load_problems] == [
         dict(data="arithmetic") | own | world for own in both
     ]
