@@ -325,8 +325,8 @@ class GPT(nn.Module):
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(
-                f"{folder}: no such folder; a model is a folder with config.json and "
-                "model.safetensors, and nothing is downloaded"
+                f"{folder}: no such folder; nothing is downloaded here, but "
+                "`hf download NAME --local-dir FOLDER` makes a folder of a model on the hub"
             )
         config = Config.from_hf(read_json(folder / "config.json"))
         stored = open_tensors(folder)

@@ -844,7 +844,7 @@ def run_program(main):
 
 def out_of_memory(error):
     """Whether an error says that memory ran out, on a GPU or on a CPU."""
-    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    words = ("out of memory", "allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
