@@ -109,7 +109,7 @@ def train_neg(c, problems):
             print(f"{len(items)} pairs")
         name = "neg" if i == 1 else f"neg{i}"
         if not items:
-            print(f"{name} is not trained: {folder} has no mistakes to learn from")
+            print(f"{name} is not trained: the samples of {folder} hold nothing to learn from")
             return
         del policy  # its memory is needed for training
         start = load_policy(folder, c, train=True)  # before training, the reference of Eq. 1
