@@ -1367,6 +1367,7 @@ VERBS = {1: GAIN, -1: LOSE, 0: KEEP}  # what they do to the total; rare ones las
 LARGEST = 30  # no total is larger
 OPERANDS = 9  # the numbers of events are 1 .. 9
 ZIPF = 1.2
+SPLITS = ("train", "val", "test")  # of the problems
 SLIPS = 0.1  # share of the spurious steps that are slips in a sum
 
 
@@ -1487,8 +1488,8 @@ def load_problems(data, split="train", limit=0, seed=0, spurious=0.2, steps=4, d
     """`limit` problems of a JSONL file (0: all), or of the built-in task ("arithmetic")."""
     if data != "arithmetic":
         return read_problems(data, limit or None)
-    if split not in ("train", "val", "test"):
-        raise UserError(f"unknown split {split!r}, known are train, val and test")
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}, known are {', '.join(SPLITS)}")
     if limit < 1:
         raise UserError("--limit 0: the built-in task has no end, so it needs a number of problems")
     problems = []

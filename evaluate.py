@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import UserError, answers_equal, apply_presets, claim_folder, content_hash
+from data import SPLITS, UserError, answers_equal, apply_presets, claim_folder, content_hash
 from data import extract_answer, flag, folder_hash, judge_steps, load_problems, parse_flags
 from data import read_json, read_rows, write_json
 from rollout import PolicyFlags, best_of, first_pits, load_policy, make_pairs, pair_row
@@ -407,7 +407,7 @@ class EvaluateFlags(PolicyFlags):
     out: str = flag("runs/evaluate", "folder for results and responses", free=True)
     plot: str = flag("", "run folder to draw as FOLDER/run.png; needs matplotlib", free=True)
     explain: int = flag(-1, "number of a problem, to show its steps", least=-1, free=True)
-    split: str = flag("test", "train, val or test of the built-in task", group="data")
+    split: str = flag("test", "of the built-in task", choices=SPLITS, group="data")
     limit: int = flag(1000, "the first problems only; 0 = all of a file", least=0)
     samples: int = flag(0, "samples a problem, for pass@k", group="sampling", least=0)
     rollouts: int = flag(0, "K: continuations per prefix, for Q by step", group="values", least=0)

@@ -46,8 +46,8 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from data import RANK, UserError, apply_presets, claim_folder, content_hash, flag, folder_hash
-from data import load_problems, parse_flags, rank_zero_only, write_json, write_rows
+from data import RANK, SPLITS, UserError, apply_presets, claim_folder, content_hash, flag
+from data import folder_hash, load_problems, parse_flags, rank_zero_only, write_json, write_rows
 from evaluate import evaluate, movement, pit_report, remarks, table
 from model import GPT
 from rollout import PAIR_FORMS, SCANS, WORLD, Example, Pair, PolicyFlags, advantages, first_pits
@@ -620,7 +620,6 @@ def remove_half_written(folder):
 
 
 MODES = ("sft", "pos", "neg")
-SPLITS = ("train", "val", "test")
 
 
 @dataclass
@@ -686,13 +685,13 @@ def load_data(c):
         world = dict(spurious=c.spurious, steps=c.steps, distractors=c.distractors)
         problems = load_problems(c.data, "train", most, c.seed, **world)
         test = load_problems(c.data, c.split, c.test_limit, **world)
-    elif c.test_data:
-        problems = load_problems(c.data, limit=most)
-        test = load_problems(c.test_data, limit=c.test_limit)
     else:
         problems = load_problems(c.data, limit=most)
-        test = problems[9::10][: c.test_limit or None]
-        problems = [problem for i, problem in enumerate(problems) if i % 10 != 9]
+        if c.test_data:
+            test = load_problems(c.test_data, limit=c.test_limit)
+        else:
+            test = problems[9::10][: c.test_limit or None]
+            problems = [problem for i, problem in enumerate(problems) if i % 10 != 9]
         if not test:
             raise UserError(
                 f"{c.data}: fewer than ten problems, none to test on without --test-data"

@@ -12,7 +12,6 @@ All from one pos model and one set of its own valued solutions:
 (c) The average Q of each step of the SFT model's test solutions, under the models of (a).
 """
 
-import csv
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +19,7 @@ from lab import LabFlags, against, arithmetic_cell, arm_rows, figure, publish, s
 from lab import spreads, sweep
 
 from data import judge_steps, parse_flags
-from evaluate import q_by_step
+from evaluate import movement, q_by_step
 from rollout import advantages, find_first_pit, first_pits, make_pairs, run_program
 from rollout import sample, solutions_to_value
 from train import awr_weights
@@ -101,7 +100,7 @@ def train_forms(cell, samples, solutions, betas):
 
         name = cell.pick(form, betas, train)
         cell.arms[form] |= dict(beta=cell.picked[form], pairs=n, found=len(found[form]))
-        cell.arms[form] |= movement(cell.folder, name)
+        cell.arms[form] |= shifts(cell.folder, name)
 
 
 def part_two(cell, policy, solutions):
@@ -128,18 +127,13 @@ def part_two(cell, policy, solutions):
     return low
 
 
-def movement(folder, stage):
+def shifts(folder, stage):
     """How far training moved the summed log-probabilities of chosen and rejected."""
-    with open(folder / "metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["stage"] == stage]
-    few = max(1, len(rows) // 10)
-    moved = {}
-    for side in ("chosen", "rejected"):
-        logps = [float(row[side]) for row in rows]
-        after = np.mean(logps[-few:])
-        before = np.mean(logps[:few])
-        moved[f"{side}_moved"] = round(float(after - before), 3)
-    return moved
+    moved = movement(folder / "metrics.csv", stage)
+    return {
+        f"{side}_moved": round(moved[side][1] - moved[side][0], 3)
+        for side in ("chosen", "rejected")
+    }
 
 
 def train_awr(cell, solutions, betas):
