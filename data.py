@@ -13,10 +13,10 @@ Differences from the paper:
 """
 
 import argparse
+import ast
 import cmath
 import hashlib
 import json
-import operator
 import os
 import platform
 import random
@@ -43,7 +43,7 @@ RANK = int(os.environ.get("RANK", 0))  # number of this process under torchrun
 
 
 class UserError(ValueError):
-    """Something that the user can mend. The message is one line: what is wrong, and where."""
+    """A mistake in what the user gave. The message is one line: what is wrong, and where."""
 
 
 # --- Problems ------------------------------------------------------------------------------------
@@ -639,100 +639,101 @@ def equation_key(text: str) -> tuple[str, ...]:
 
 # --- Answers -------------------------------------------------------------------------------------
 
-# There are two paths. A gold answer that is a number (with a sign, commas, decimals, a fraction, a
-# unit) is compared with the number that the response states: `_stated_number`. Any other gold is an
-# expression: LaTeX is normalised, then what both sides can compute is compared by value, lists by
-# their elements and the rest as text: `_same`.
+# One path: find what a text marks as its answer, rewrite it from LaTeX and English towards Python's
+# arithmetic, compute it, compare by value. What is not understood whole is compared as text, and so
+# equals nothing by accident: a false "right" teaches more harm than a false "wrong".
 
 MAX_TAIL = 4_000  # characters at the end of a response that are searched
 MAX_ANSWER = 300  # characters of an answer that are understood; longer ones are compared as text
 
-TAGS = re.compile(r"</\w+>|<\|\w+\|>|(?<!\w)\*\*|\*\*(?!\w)")  # </answer>, <|im_end|>, bold type
+TAGS = re.compile(r"</\w+>|<\|\w+\|>|(?<!\w)\*\*|\*\*(?!\w)|`")  # </answer>, <|im_end|>, bold type
 SIGNS = str.maketrans("‐‒–—−·⋅∙×÷⁄、", "-----****//,") | str.maketrans(
     {"∞": r"\infty ", "π": r"\pi ", "√": r"\sqrt ", "≈": r"\approx ", "∈": r"\in ", "。": ". "}
 )
-MARKER = re.compile(
-    r"\\(?:boxed|fbox)\b\s*|<answer>|^A:|\banswers?\b[^\n.:=\\#]{0,60}?(?:\bis\b|\bare\b|[:=])"
-    # A line '#### Step 2' or '#### 2. Cost' with text below it is a heading of Markdown.
-    r"|(?<![\n#])(?<!\A)#{4,}|^#{4,}(?!#|\s*(?:\d+[.)]\s+)?[a-z]{3}[^\n]*\n\s*\S)",
-    re.IGNORECASE | re.MULTILINE,
+BOXED = re.compile(r"\\f?box(?:ed)?\b\s*(?=\S)")
+# A line '#### Step 2' with text below it is a heading of Markdown.
+HASHES = re.compile(r"#{4,}(?!#|[ \d.)]*[a-z]{3}[^\n]*\n\s*\S)", re.I)
+ANSWER_IS = re.compile(
+    r"<answer>|^A:|\banswers?\b[^\n.:=\\#]{0,60}?(?:\bis(?:\b|(?=n't))|\bare\b|[:=])", re.I | re.M
 )
+# Money is no formula: '$7 + $8 = $15'.
 FORMULA = re.compile(
-    r"\$\$?\s{0,9}((?:\\.|[^$\\\s])(?:\\.|[^$\\\n])*)\s{0,9}\$\$?"
-    r"|\\\(([^\n]{1,300}?)\\\)|\\\[\s{0,9}(\S[^\n]{0,300}?)\s{0,9}\\\]"
+    r"\$\$?\s*((?:\\.|[^$\s\\])(?:\\.|[^$\\\n])*?)(?<![\s$])\$\$?(?!\d)"
+    r"|\\[(\[]\s*(\S.{0,300}?)\s*\\[)\]]"
 )
-SENTENCE_END = re.compile(
-    r"(?<!\\)[.!?](?:\s|$)|\n|,?\s(?:because|since|as|so|where|which)\b", re.IGNORECASE
+SENTENCE_END = re.compile(r"(?<!\brs)[.!?](?:\s|$)|\n", re.I)
+# What leads to an answer: '6 times 4, which is 24', 'not 12 but 14'.
+BEFORE_ANSWER = re.compile(
+    r".*(?:\b(?:which|that)\s+(?:is|are|makes|equals)|[,;]\s*so|(?:not|n't)\b.*\b(?:but|it is))\b",
+    re.I,
 )
-PROSE = re.compile(r"(?<![\\A-Za-z])(?!or\b|and\b)[A-Za-z]{2,}")
-
-
-def _plain(text):
-    """The end of a text with one spelling of each sign: 'x² − ½' becomes 'x^{2} - 1/2'."""
-    text = "" if text is None else str(text)
-    text = ANNOTATION.sub("", text[-MAX_TAIL:])
-    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", r"^{\g<0>}", text)
-    text = re.sub("[₀-₉]+", r"_{\g<0>}", text)
-    text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)
-    text = re.sub(r"√(\d+)", r"\\sqrt{\1}", text)
-    return unicodedata.normalize("NFKC", text).translate(SIGNS).strip()
+# What a sentence says behind its answer: '18 because 9 * 2 = 18', '12, not 14', '18 (9 * 2 = 18)'.
+BEHIND_ANSWER = re.compile(
+    r",?\s+(?:because|since|as|given|where|not)\b|,\s+[a-z]{2}|\s\((?=[a-z]{2}|[^()]*=)", re.I
+)
 
 
 def extract_answer(text: str | None, bare: bool = True) -> str | None:
     r"""The final answer of a solution, or None.
 
-    It stands behind the last marker with something behind it: in the braces of \boxed{18}, or up
-    to the end of the sentence behind '####' or 'the answer is'. A short line without a marker is
-    its own answer if `bare`. Only the last MAX_TAIL characters are searched.
+    \boxed decides, else '####', else 'the answer is': of the last one with something behind it, the
+    braces or the sentence. A short line without a marker is its own answer if `bare`.
 
     >>> extract_answer(r"It is $\boxed{\frac{1}{2}}$."), extract_answer("9 * 2\n#### 18 eggs. Bye")
     ('\\frac{1}{2}', '18 eggs')
     """
     text = TAGS.sub("", _plain(text)).strip()
-    if bare and 0 < len(text) <= MAX_ANSWER and "\n" not in text and not MARKER.search(text):
+    marked = False
+    for marker, read in ((BOXED, _in_braces), (HASHES, _sentence), (ANSWER_IS, _clause)):
+        for match in reversed(list(marker.finditer(text))):
+            marked = True
+            answer = read(text[match.end() :])
+            if answer:
+                return answer
+    if bare and not marked and 0 < len(text) <= MAX_ANSWER and "\n" not in text:
         return text
-    vague = None
-    for marker in reversed(list(MARKER.finditer(text))):
-        kind = marker[0][0]
-        if kind == "\\":
-            answer = _in_braces(text[marker.end() :])
-        else:
-            answer = _sentence(text[marker.end() :], after_words=kind != "#")
-        answer = answer.strip(' \t\r\n`"_*')
-        if answer and kind in "#\\":
-            return answer
-        if answer and not vague and not answer.isalpha() and _value(_normalise(answer)) is not None:
-            return answer
-        vague = vague or answer  # 'the answer is correct' must not hide an earlier \boxed{18}
-    return vague or None
+    return None
+
+
+def _plain(text):
+    """The end of a text behind its thoughts, with one spelling of each sign: 'x² − ½' is
+    'x^{2} - 1/2'."""
+    text = "" if text is None else str(text)
+    text = ANNOTATION.sub("", text[-MAX_TAIL:].rpartition("</think>")[2])
+    text = re.sub(r"\{[^{}]*\}", lambda braces: braces[0].replace("\n", " "), text)
+    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", r"^{\g<0>}", text)
+    text = re.sub("[₀-₉]+", r"_{\g<0>}", text)
+    text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)
+    text = re.sub(r"√(\d+)", r"\\sqrt{\1}", text)
+    text = unicodedata.normalize("NFKC", text).translate(SIGNS)
+    return re.sub(r"[^\x00-\x7f]", lambda char: str(unicodedata.decimal(char[0], char[0])), text)
 
 
 def _in_braces(text):
     r"""What the braces that open a text enclose: '\frac{1}{2}' of '{\frac{1}{2}}$.'; '2' of '2'."""
-    if text[:1] != "{":
-        return text[:1]
+    if text[0] != "{":
+        return text[0]
     depth = 0
     for i, char in enumerate(text[: MAX_ANSWER + 2]):
         depth += {"{": 1, "}": -1}.get(char, 0)
         if depth == 0:
-            return text[1:i]
+            return " ".join(text[1:i].split())
     return ""
 
 
-def _sentence(text, after_words):
+def _sentence(text):
     """The sentence that opens a text; of '$x + 1$ for all $x$' only the formula."""
-    text = text.lstrip(" \n\t:*")[: MAX_ANSWER + 1]
+    text = text.lstrip(" \n\t:*}\"'")[: MAX_ANSWER + 1]
     formula = FORMULA.match(text)
-    end = formula.end() if formula else 0
-    sentence = text[:end] + SENTENCE_END.split(text[end:], maxsplit=1)[0]
-    if formula and _number(formula[0]) is None:
-        if not re.match(r"\s*(?:,|or\b|and\b)\s*[$\\]", text[end:]):
-            sentence = formula[formula.lastindex]
-    if "\\boxed" in sentence:
-        return ""  # an empty box, which has been passed over
-    if after_words and len(sentence) > 30 and sentence[0].isalpha() and PROSE.search(sentence):
-        return ""  # 'Answer: She first buys ...' opens a solution
-    return sentence
+    if formula and not re.match(r"\s*(?:,|or\b|and\b)\s*[$\\]", text[formula.end() :]):
+        return formula[formula.lastindex].strip()
+    return SENTENCE_END.split(text, maxsplit=1)[0].strip(" \"'_*")
+
+
+def _clause(text):
+    """The same behind words; "" for a sentence that tells a story, as 'She first buys ...'."""
+    sentence = _sentence(text)
+    return "" if len(sentence) > 40 and sentence[0].isalpha() else sentence
 
 
 def is_correct(response: str | None, gold: str | None) -> bool:
@@ -744,26 +745,121 @@ def is_correct(response: str | None, gold: str | None) -> bool:
     gold = extract_answer(gold)
     if not gold:
         return False
-    text = _plain(response)
-    answer = extract_answer(response, bare=False)
-    number = _number(gold)
-    if number is not None:
-        if answer and re.search(r"\d", answer):
-            return _equal_values(_stated_number(answer), number)
-        return _equal_values(_last_number(text), number)
-    candidates = [answer]
-    if not answer:  # then a short text itself, or its last formula, may be the answer
-        formulas = list(FORMULA.finditer(text))
-        candidates = [formula[formula.lastindex] for formula in formulas[-1:]]
-        candidates.append(extract_answer(response))
-    golds = [gold]
-    base = re.fullmatch(r"(-?\d+)_(?:\d|\{\d+\})\.?", gold)
-    if base:  # the question asks for base 8: 2516 is 2516_8 there
-        golds.append(base[1])
-    for candidate in filter(None, candidates):
-        if any(answers_equal(candidate, gold) for gold in golds):
-            return True
-    return False
+    answer = stated_answer(response)
+    short = BEHIND_ANSWER.split(BEFORE_ANSWER.sub("", answer), maxsplit=1)[0]
+    golds = [gold, re.sub(r"(?<=\d)_\{?\d+\}?$", "", gold)]  # the question may ask for base 8
+    return any(answers_equal(x, y) for x in (answer, short) for y in golds)
+
+
+def stated_answer(text: str | None) -> str:
+    """What a solution states as its answer, with or without a marker; "" if it states none."""
+    answer = extract_answer(text, bare=False)
+    return _unmarked(_plain(text).strip()) if answer is None else answer
+
+
+BOLD = re.compile(r"\*\*([-$]*\d[^*\n:]*)\*\*")
+LABEL = re.compile(r"[^\d:=]{1,40}:\s*(?=\S)")
+OPENING = re.compile(r"(?:so|thus|hence|therefore|then|a total of|,|\s)*[-$]*\d", re.I)
+STATED = re.compile(r"(?<![\w.])-?\s?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+CHOICE = re.compile(r"\d\s*\b(?:or|and)\b\s*(?:[a-z]\s*=\s*)?\d")
+VARIABLE = re.compile(r"(?<![A-Za-z'])[b-z](?![A-Za-z'])|[\\^]")
+OPEN_SUM = re.compile(r"[\d)]\s*[-+*]\s*[$(]*\d|\d\s+/\s+[$\d]")
+
+
+def _unmarked(text):
+    """What a text without a marker states. Bold type or a last formula decides. A short text
+    without words is its own answer. Else the last line with a digit states what stands behind its
+    last '=', or its last number. An open sum, as in 'Total = 16 * 2', states nothing."""
+    lines = [line for line in text.split("\n") if re.search(r"\d", line)] or [text]
+    line = lines[-1][-MAX_ANSWER:].strip()
+    emphasised = BOLD.findall(line) or [f[f.lastindex] for f in FORMULA.finditer(line)]
+    if emphasised:
+        return emphasised[-1]
+    algebra = VARIABLE.search(text)
+    wordless = not re.search("[A-Za-z]{3}.* ", text) and (algebra or "=" not in text)
+    if line == text and ("\\" in text or wordless):
+        return text if algebra or not OPEN_SUM.search(text) else ""
+    line = LABEL.sub("", line.replace("**", ""))
+    side = line.rpartition("=")[2]
+    numbers = STATED.findall(side)
+    unclear = CHOICE.search(line) or OPEN_SUM.search(side) or VARIABLE.search(side)
+    if unclear or not numbers:
+        return ""
+    return numbers[0] if "=" in line or OPENING.match(side) else numbers[-1]
+
+
+TEXT = r"\\(?:text\w*|mbox|math\w\w|boldsymbol|underline|operatorname)\s*\{([^{}]*)\}"
+LATEX = [  # from LaTeX towards Python's arithmetic, in this order
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|q?quad)(?![A-Za-z])", ""),  # sizes and spaces
+    (r",\s*\\!\s*", ","),
+    (r"\\\\", ";"),  # a row of a matrix ends
+    (r"\\begin\{\w*(?:matrix|array)\}(?:\s*\{[^{}]*\})?", "["),
+    (r";?\s*\\end\{\w*(?:matrix|array)\}", "]"),
+    ("&", ","),
+    (r"^([(\[])\s*(\[[^\[\]]*\])\s*[)\]]$", r"\2"),  # brackets around a matrix
+    (r"\\[!,;:() \]\[]", " "),
+    (TEXT, r" \1 "),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?|\\%|\\\$|\\pounds", " "),
+    (r"(?<=[\d}])\s*\\approx.*|\\approx", ""),  # 2/3 \approx 0.67 is 2/3
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),  # LaTeX takes one digit: \frac34
+    (r"\\(frac|sqrt)\s*(\w)", r"\\\1{\2}"),
+    (r"(?<![\d.^{])(\d+)\s*(\\frac\s*\{\d+\}\s*\{\d+\})", r"(\1+\2)"),  # 3\frac{1}{2} is 3 + 1/2
+    (r"\\(?:times|cdot|ast)(?![a-z])", "*"),
+    (r"\\div(?![a-z])", "/"),
+    (r"\\le(?:q|qslant)?(?![a-z])", "≤"),
+    (r"\\ge(?:q|qslant)?(?![a-z])", "≥"),
+    (r"\\cup(?![a-z])", "∪"),
+    (r"\\pm(?![a-z])", "±"),
+    (r"\\\{", "⦃"),
+    (r"\\\}", "⦄"),
+]
+ENGLISH = [  # from English, likewise
+    (r"\{,\}", ","),  # 9{,}500
+    (r"[%$¢-¥₠-⃏~]|°\s*(?:[CF]\b)?|\brs\b\.?", " "),
+    (r"\b(?:minus|negative)\s+(?=[\d.\\])", "-"),
+    (r":00\b(?!\s*:)", ""),  # 2:00 pm
+    (r"\b(\d+)\s+\d+-[a-z]\w*", r"\1"),  # 3 30-minute episodes
+    (r"(?<![\\A-Za-z])sqrt\s*\(?(\d+)\)?", r"\\sqrt{\1}"),
+    (r"(?<![\d./^])(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)", r"(\1+\2/\3)"),  # 2 1/2
+    (r"(?<=\d)\s*x\s+(?=[\d.])", "*"),
+    ("<=", "≤"),
+    (">=", "≥"),
+    (r"(?<=\d)[eE]([-+]?\d{1,3})\b", r"*10^{\1}"),
+    (r"(?<=\d)[kK]\b(?!\s*[-+*/^])|(?<=\d)\s+thousand\b", "*10^{3}"),
+    (r"(?<=\d)M\b(?!\s*[-+*/^])|(?<=\d)\s+million\b", "*10^{6}"),
+    (r"(?<=\d)\s+billion\b", "*10^{9}"),
+    (r"\s*\b(?:either|both)\s|\s(?:or|and)\s", ","),
+    (r"\s*\(?\bbase[\s-]*(\d+)\)?", r"_\1"),  # 1011 (base 2)
+    (r"_\{?(\w+)\}?", r"_\1"),
+    (r"\s*:\s*", ":"),
+    (r"\b([ap])\.\s?m\b\.?", r"\1m"),
+]
+NESTED = [  # from inside out, as often as they apply
+    (r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"),
+    (r"\\sqrt\s*\[([^\[\]{}]*)\]\s*\{([^{}]*)\}", r"((\2)**(1/(\1)))"),
+    (r"\\sqrt\s*(?:\{([^{}]*)\}|\(([^()]*)\))", r"((\1\2)**(1/2))"),
+    (r"\^\s*\{([^{}]*)\}", r"**(\1)"),
+]
+DIGIT_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}([, '’])\d{3}(?:\1\d{3})*(?![\d,])")
+
+
+def _rewrite(text):
+    r"""An answer as _value reads it: '\$1{,}000' is '1000', '2\sqrt3' is '2((3)**(1/2))'."""
+    for pattern, new in LATEX if "\\" in text else []:
+        text = re.sub(pattern, new, text)
+    for pattern, new in ENGLISH:
+        text = re.sub(pattern, new, text)
+    before = None
+    while before != text and ("\\" in text or "^" in text):
+        before = text
+        for pattern, new in NESTED:
+            text = re.sub(pattern, new, text)
+    if not re.match(r"[^\d)\]]*[(\[⦃]", text):  # (100,101) is a pair, 100,101 a number
+        text = DIGIT_GROUPS.sub(lambda match: match[0].replace(match[1], ""), text)
+    text = re.sub(r"(?<![\d.,])0+(?=\d)", "", text)  # 05 is 5
+    text = text.replace("^", "**").replace("{", "(").replace("}", ")")
+    return " ".join(text.split()).lstrip(" ,:;\"'").rstrip(" .,:;\"'").lower()
 
 
 def answers_equal(a: str, b: str) -> bool:
@@ -776,330 +872,81 @@ def answers_equal(a: str, b: str) -> bool:
     b = _plain(b)
     if max(len(a), len(b)) > MAX_ANSWER:
         return a == b
-    if _number(a) is not None or _number(b) is not None:
-        return _equal_values(_stated_number(a), _stated_number(b))
-    return _same(_normalise(a), _normalise(b))
+    return _same(_rewrite(a), _rewrite(b))
 
 
-def _equal_values(x, y):
-    """Exactly equal if both are fractions, else to eleven digits; nothing equals None."""
-    if x is None or y is None:
+# What may stand before '=' or '\in': x, f(x), a_10, \angle abc.
+NAME = re.compile(
+    r"^((?:\\angle )?[^\d+*/\\=<>≤≥|,(\[-]*(?:_\w+)?(?:\([a-z\d]\))?)\s*(?:=|\\in\b)\s*(?=\S)"
+)
+
+
+def _same(a, b):
+    """Whether two rewritten answers are equal: as text, as lists of equal elements, or by value."""
+    if _letters(a) == _letters(b):
+        return _letters(a) != ""
+    names = [match[1].strip() for match in (NAME.match(a), NAME.match(b)) if match]
+    if len(names) == 2 and names[0] != names[1] and "".join(names).isalpha():
+        return False  # x = 3 is not y = 3
+    if a.count("=") == 1 or "\\in " in a:
+        a = NAME.sub("", a)
+    if b.count("=") == 1 or "\\in " in b:
+        b = NAME.sub("", b)
+    kind, elements = _elements(a)
+    other_kind, others = _elements(b)
+    if kind != other_kind or len(elements) != len(others):
         return False
+    if kind or len(elements) > 1:
+        return _same_elements(elements, others, ordered=kind != "")
+    a = _side(a)
+    b = _side(b)
+    x = _value(a)
+    y = _value(b)
+    if x is None or y is None:
+        return x is y and _letters(a) == _letters(b) != ""
     if isinstance(x, Fraction) and isinstance(y, Fraction):
         return x == y
-    try:
-        return cmath.isclose(x, y, rel_tol=1e-11)
-    except OverflowError:
-        return False
+    return cmath.isclose(x, y, rel_tol=1e-9)
 
 
-# The first path: numbers
-
-TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|math(?:rm|bf|it)|boldsymbol|underline)\s*"
-SPELLING = [  # pattern, replacement: one spelling of numbers, signs and fractions
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])", ""),
-    (r"\\\\", " ; "),  # a row of a matrix ends
-    (r"\\[()\[\]]", " "),
-    (r"\{,\}|,\s*\\!\s*", ","),
-    (r"\\[!,;: ]|\\q?quad(?![a-z])", ""),
-    (r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?|°)(?:\s*[CF]\b)?", " "),
-    (r"\\?%|\\?\$|[¢-¥\u20a0-\u20cf~]|\\pounds", " "),
-    (r"(?<=[\d}])\s*\\approx.*", ""),  # 2/3 \approx 0.67 is 2/3
-    (r"\\(?:approx|in)(?![A-Za-z])", "="),
-    (r"\b(?:minus|negative)\s+(?=[\d.\\])", "-"),
-    (r"\\[dtc]frac", r"\\frac"),
-    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),  # LaTeX takes one digit: \frac34
-    (r"\\(frac|sqrt)\s*(\d)", r"\\\1{\2}"),
-    (r"\*\*", "^"),
-    (r"\sx\s+(?=-?[\d.])", " * "),
-    (r"\\(?:times|cdot)(?![A-Za-z])", "*"),
-    (r"\\le(?:q|qslant)?(?![a-z])|<=", "≤"),
-    (r"\\ge(?:q|qslant)?(?![a-z])|>=", "≥"),
-    (r"(?:" + TEXT + r"\{\s*)?\(?\bbase[\s-]*(\d+)\)?\}?", r"_{\1}"),  # 1011 (base 2)
-]
-DIGIT_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}([, '’])\d{3}(?:\1\d{3})*(?![\d,])")
-IN_BRACKETS = re.compile(r"[^\d)\]]*(?:[(\[]|\\\{)")
-
-MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-# What follows a number and is none of these is a unit, in any script: 5 cm, 5g, 5 個, 5 a day.
-OPERATORS_BEHIND = [
-    r"\s*[\d_!{}\[\]\\^|]|\.\d",  # 5 1, 2516_8, 5!, 5\pi
-    r"\s*[-+*/=<>≤≥:,;∪]\s*[-+]?\s*[\d\\({.]",  # 5 - 3, 10:30
-    r"\s*[-+*/=<>≤≥]\s*(?:[a-z]\b|$)",  # 5 - x
-    r"\s*\((?!\s*[^\W\d_]{2})",  # 5(x + 1), but not 5 (apples)
-    r"\s*(?:and|or)\s+-?\d|\s*(?:pi|sqrt|sin|cos|tan|log|ln)\b",
-    r"(?:[a-fijknp-rt-zKMBDEXYZα-ω]|[abcxyz]{2,3})(?![^\W\d_])",  # 5x, 5ab, 5k
-    r"\s+[abiknxyzα-ω](?=\s*(?:[-+*/^_=()]|$))",  # 5 x, but not 5 a day
-    r"\s*[^\W\d_]+(?:\^\{?\d+\}?)?\s*(?:\\|[-+*]\s*(?:[\d\\(]|[a-z]\b))",  # 5s^2 + s
-]
-NUMBER = re.compile(
-    r"(?<![A-Za-z_^.\d])(?P<sign>(?<![\w)}])-\s*)?"
-    r"(?:(?:(?P<whole>\d+)\s+)?(?P<top>\d+)\s*/\s*(?P<bottom>\d+)|(?P<decimal>\d+(?:\.\d+)?|\.\d+))"
-    rf"(?!{'|'.join(OPERATORS_BEHIND)})(?:\s*(?P<magnitude>(?i:{'|'.join(MAGNITUDES)}))\b)?"
-)
-NUMBER_BEHIND_WORDS = re.compile(r"[^\d\\()\[\]{}_^*/+<>≤≥|=]*?" + NUMBER.pattern)
-UNIT = re.compile(r"(?:(?:\s|[^\x00-\x7f])[^\d=+*<>\\\[\]{}^_|-]*(?:\^\{?\d\}?)?)?")
-CLAUSE_END = re.compile(r"[,;]\s+[a-z]{2}|\s\((?=[a-z]{2}|[^()]*=)")
-ALTERNATIVES = re.compile(  # '5 or 9', '5, 9', 'x = 5 or x = 9', but not '5, 3 * 3 = 9'
-    r"\d(?:.*\bor|\s*and|\s*[,;])\s*(?:[a-z]\s*=\s*)?[-+]?\s*\d[\d.]*(?!\s*[-+*/\d.])"
-)
-BOLD = re.compile(r"\*\*(?!\d+[.)]\s)([-$]*\d[^*\n:]*)\*\*")
-LABEL = re.compile(r"\s*(?:\d+[.)]\s+)?[^\d:=]{1,40}:\s*(?=-?[\d.])")
-LINE_START = re.compile(
-    r"\A\s*(?:\d+[.)]\s+)?(?:(?:so|thus|hence|therefore|then|a total of)\b,?\s*)*", re.IGNORECASE
-)
+def _letters(text):
+    r"""A text without what makes no difference: '(b)' is 'b', '\cot (x)' is '\cot x'."""
+    text = re.sub(r"\(\s*(\w+)\s*\)", r" \1 ", text)
+    text = re.sub(r"(?<=\d)\s+(?=\d)", "_", text)  # 1 2 is not 12
+    return re.sub(r"[\s\\*]+", "", text)
 
 
-def _spell(text):
-    r"""A text with one spelling of its numbers: '\$1{,}000 \dfrac12' becomes '1000 \frac{1}{2}'."""
-    for pattern, new in SPELLING:
-        text = re.sub(pattern, new, text)
-    text = text.strip().rstrip(".,:; ")
-    if not IN_BRACKETS.match(text):  # (100,101) is a pair, 100,101 a number
-        text = DIGIT_GROUPS.sub(lambda match: match[0].replace(match[1], ""), text)
-    return text
-
-
-def _spell_number(text):
-    r"""`_spell` without LaTeX's text and fractions: '\frac{3}{4}\text{ cm}' becomes '3/4  cm'."""
-    text = re.sub(TEXT + r"\{([^{}]*)\}", r" \1 ", _spell(text))
-    return re.sub(r"\\frac\{(\d+)\}\{(\d+)\}", r" \1/\2", text).strip()
-
-
-def _value_of(match):
-    """The value of a match of NUMBER: -7/2 of '-3 1/2', 1200000 of '1.2 million', None of '1/0'."""
-    if match["decimal"]:
-        value = Fraction(match["decimal"])
-    elif int(match["bottom"]):
-        value = int(match["whole"] or 0) + Fraction(int(match["top"]), int(match["bottom"]))
-    else:
-        return None
-    if match["sign"]:
-        value = -value
-    if match["magnitude"]:
-        value *= 10 ** MAGNITUDES[match["magnitude"].lower()]
-    return value
-
-
-def _number(text):
-    """The value of a text that is a number, with or without a unit, and nothing else; or None."""
-    if len(text) > MAX_ANSWER:
-        return None
-    text = _spell_number(text)
-    match = NUMBER.match(text)
-    return _value_of(match) if match and UNIT.fullmatch(text, match.end()) else None
-
-
-def _stated_number(text):
-    """The number that a marked answer states, or None.
-
-    1. The first clause counts: '18 because 9 * 2 = 18 and 3 + 4 = 7' states 18.
-    2. Of equations the last side counts: '16 - 3 - 4 = 9, 9 * 2 = 18' states 18, 'x = 5' states 5.
-    3. There the first number counts, and what follows it is a unit: '5 boxes of 12' states 5.
-    4. A formula is computed: '2^3' states 8.
-    5. Several numbers to choose from, as in '5 or 9' and '3, 4', state none.
-    """
-    clause = CLAUSE_END.split(_spell_number(text[:MAX_ANSWER]), maxsplit=1)[0]
-    if ALTERNATIVES.search(clause):
-        return None
-    opening = NUMBER.match(clause)
-    if opening and re.match(r"[^\d=+*/-]*(?:\d|$)", clause[opening.end() :]):
-        return _value_of(opening)  # an equation further behind is another clause
-    if len(text) > MAX_ANSWER:
-        return None
-    return _side_number(_stated_side(clause))
-
-
-def _side_number(text):
-    """The number that opens a text, else the value of a formula, else the number behind words."""
-    match = NUMBER.match(text)
-    if match is None:
-        value = _value(_normalise(text))
-        if value is not None:
-            return value
-        match = NUMBER_BEHIND_WORDS.match(text)
-    return _value_of(match) if match else None
-
-
-def _last_number(text):
-    """The number that a response without a marker states, in its last line that has a digit.
-
-    Bold type decides, then a last formula, a label ('Total: 18 eggs'), the last '='. Otherwise a
-    line that opens with a number states it, as its subject ('5 cars drove through in the first 15
-    minutes.' states 5), and any other line its last number ('In 3 weeks she makes $18.': 18).
-    """
-    lines = [line for line in text.split("\n") if re.search(r"\d", line)]
-    if not lines:
-        return None
-    line = lines[-1][-MAX_ANSWER:]
-    formulas = [formula[0] for formula in FORMULA.finditer(line)]
-    emphasised = BOLD.findall(line) or [text for text in formulas if not PROSE.search(text)]
-    if emphasised:
-        value = _stated_number(emphasised[-1])
-        if isinstance(value, Fraction):  # not the '$5 x $' of '$5 x $4'
-            return value
-    line = _spell_number(line.replace("**", ""))
-    label = LABEL.match(line)
-    if label:
-        return _stated_number(line[label.end() :])
-    line = LINE_START.sub("", line)
-    if ALTERNATIVES.search(line):
-        return None
-    if "=" in line or NUMBER.match(line) or not PROSE.search(line):
-        value = _side_number(_stated_side(line))
-        if value is not None:
-            return value
-    numbers = list(NUMBER.finditer(line))
-    return _value_of(numbers[-1]) if numbers else None
-
-
-# The second path: expressions
-
-STRUCTURE = [  # pattern, replacement: after SPELLING
-    (r"\\begin\{[a-z]matrix\}|[(\[]?\s*\\begin\{(?:matrix|array\}\s*\{[^{}]*)\}", "["),
-    (r"(?:;\s*)?(?:\\end\{[a-z]matrix\}|\\end\{(?:matrix|array)\}\s*[)\]]?)", "]"),
-    ("&", ","),
-    (r"\\cup(?![a-z])", "∪"),
-    (r"\\\{", "⦃"),
-    (r"\\\}", "⦄"),
-    (r"\\varnothing", r"\\emptyset"),
-    (r"\\mathbb\{?R\}?", r"(-\\infty,\\infty)"),
-    (r"\s*(?:" + TEXT + r"\{\s*)?\b([ap])\.?\s?m\b\.?\s*\}?$", r" \1m"),  # 5:30 p.m.
-    (r"\b(?:either|both)\s", ""),
-    (TEXT + r"\{[\s,]*(?:or|and)\s*\}|(?<=[\d\s])(?:or|and)\s", ","),
-    (r"(?<=[^=,(\s])\s*" + TEXT + r"\{[^{}]*\}(?:\^\{?\d\}?)?[\s.]*$", ""),  # 2\pi\text{ cm}^2
-    (TEXT + r"\{([^{}]*)\}", r" \1 "),
-    (r"(?<=[\d)}\]⦄])\s*(?:\s[a-zA-Z]{3,}|\sm\b|[cmk]m\b)[a-zA-Z\s./]*(?:\^\{?\d\}?)?$", ""),
-    (r"(?<=\d)[eE]([-+]?\d{1,3})\b", r"*10^{\1}"),
-    (r"(?<![\d.^])(\d+)\s*(\\frac\{\d+\}\s*\{\d+\})", r"(\1+\2)"),  # 3\frac{1}{2} is 3 + 1/2
-    (r"(?<![A-Za-z\\])(pi|sqrt)(?![A-Za-z])", r"\\\1 "),
-]
-DEPTH = {"(": 1, "[": 1, "{": 1, "⦃": 1, ")": -1, "]": -1, "}": -1, "⦄": -1}
-CLOSING = {"(": ")", "[": "]", "{": "}", "⦃": "⦄"}
-NAME = re.compile(r"\\?[a-z]+(?:\([a-z\d]\))?|\([a-z, ]+\)", re.IGNORECASE)
-INEQUALITY = re.compile(
-    r"(?<![^,∪])(?:([^<≤>≥=,∪]+)([<≤>≥]))?\s*[a-z]\s*(?:([<≤>≥])([^<≤>≥=,∪]+))?(?![^,∪])"
-)
-
-
-def _normalise(text):
-    r"""An answer in one spelling: r'\left(\dfrac12, x\text{ cm}\right)' is r'(\frac{1}{2}, x)'."""
-    text = _spell(text)
-    for pattern, new in STRUCTURE:
-        text = re.sub(pattern, new, text).strip().rstrip(".,:")
-    return INEQUALITY.sub(_interval, text.lower())
-
-
-def _interval(match):
-    r"""'(2,5]' for '2 < x ≤ 5' or '5 ≥ x > 2', '(2,\infty)' for 'x > 2'; a lone 'x' stays."""
-    low, left, right, high = match.groups(default="")
-    if not left and not right:
-        return match[0]
-    if (left or right) in ">≥":
-        low, left, right, high = high, right, left, low
-    opening = "[" if left in ("≤", "≥") else "("
-    closing = "]" if right in ("≤", "≥") else ")"
-    return opening + (low or r"-\infty") + "," + (high or r"\infty") + closing
+DEPTH = {"(": 1, "[": 1, "⦃": 1, ")": -1, "]": -1, "⦄": -1}
 
 
 def _elements(text):
-    r"""The kind and the elements of a list: '(0, 1]' is ('(]', ['0', '1']).
-
-    Sets and bare lists are of kind '', a matrix adds a ';' for each further row, and '1 \pm x' are
-    two elements.
-    """
+    r"""The kind and the elements of a list: '(0, 1]' is ('(]', ['0', '1']). Sets and bare lists are
+    of kind '', a matrix adds a ';' for each further row, and '1 ± x' are two elements."""
     depths = list(accumulate(DEPTH.get(char, 0) for char in text))
+    separators = [char for char, depth in zip(text, depths, strict=True) if depth == 1]
     kind = ""
     level = 0
-    if text[:1] in ("(", "[", "⦃") and depths[-1] == 0 and min(depths[:-1]) > 0:
-        kind = (text[0] + text[-1]).replace("⦃⦄", "") + ";" * text.count(";")
-        level = 1  # the first bracket is the last one's partner, unlike in (1,2)∪(3,4)
+    whole = text[:1] in ("(", "[", "⦃") and depths[-1] == 0 and min(depths[:-1]) > 0
+    if whole and (set(separators) & set(",;") or text[0] == "⦃"):
+        kind = (text[0] + text[-1]).replace("⦃⦄", "") + ";" * separators.count(";")
+        level = 1
+        text = " " + text[1:-1] + " "
     parts = [""]
     for char, depth in zip(text, depths, strict=True):
         if depth == level and char in ",;∪":
             parts.append("")
         else:
             parts[-1] += char
-    if level:
-        parts[0] = parts[0][1:]
-        parts[-1] = parts[-1][:-1]
     elements = []
     for part in filter(str.strip, parts):
-        for sign in "+-" if "\\pm" in part else "+":
-            elements.append(part.replace("\\pm", sign).strip())
+        for sign in "+-" if "±" in part else "+":
+            elements.append(part.replace("±", sign).strip())
     return kind, elements
 
 
-def _stated_side(text):
-    """What an equation states: 5 in 'x = 5', '2 + 3 = 5' and '5 = x'; 'x + y = 0' states no 0."""
-    sides = [side.strip() for side in text.split("=")]
-    if NAME.fullmatch(sides[0]):
-        return sides[-1]
-    if sides[-1] == "0" and re.search("[a-z]", sides[0]):
-        return text
-    return sides[0] if NAME.fullmatch(sides[-1]) else sides[-1]
-
-
-def _same(a, b):
-    """Whether two normalised answers are equal: as equations, by value, as lists or as text."""
-    if a == b:
-        return a != ""
-    same = _same_equation(a, b)
-    if same is not None:
-        return same
-    if len(_elements(a)[1]) == 1:
-        a = _stated_side(a)
-    if len(_elements(b)[1]) == 1:
-        b = _stated_side(b)
-    if ":" in a and ":" in b:  # 10:30 is not 5:15
-        return _same_time(a, b)
-    x = _value(a)
-    y = _value(b)
-    if x is not None or y is not None:
-        return _equal_values(x, y)
-    kind, elements = _elements(a)
-    other_kind, others = _elements(b)
-    if kind != other_kind or len(elements) != len(others):
-        return False
-    if len(elements) == 1:
-        return _same_text(elements[0], others[0])
-    return _same_elements(elements, others, ordered=kind != "")
-
-
-def _same_equation(a, b):
-    """Whether two equations say the same, or None if their sides must decide.
-
-    'x + y = 1' and '2 - 2x = 2y' do, since the differences of their sides have a simple ratio;
-    'x = 3' and 'y = 3' do not, but 'f(x) = 2x' and 'y = 2x' may.
-    """
-    if a.count("=") != 1 or b.count("=") != 1:
-        return None
-    x = _value("(" + a.replace("=", ")-(") + ")")
-    y = _value("(" + b.replace("=", ")-(") + ")")
-    if x and y and complex(y):
-        ratio = complex(x) / complex(y)
-        if 1e-3 < abs(ratio.real) < 1e3:
-            simple = Fraction(ratio.real).limit_denominator(99)
-            if simple and cmath.isclose(ratio, simple):
-                return True
-    names = [text.split("=")[0].strip() for text in (a, b)]
-    same_name = names[0].replace(" ", "") == names[1].replace(" ", "")
-    if same_name or max(map(len, names)) > 2 and all(map(NAME.fullmatch, names)):
-        return None
-    return False
-
-
-def _same_time(a, b):
-    """Whether two times of day or ratios are equal part by part; pm counts if both have it."""
-    if not (a.endswith("m") and b.endswith("m")):
-        a = re.sub(" [ap]m$", "", a)
-        b = re.sub(" [ap]m$", "", b)
-    return _same_elements(a.split(":"), b.split(":"), ordered=True)
-
-
 def _same_elements(left, right, ordered):
-    """Whether lists have equal elements, in this order or in any."""
-    if len(left) != len(right) or len(left) > 40:
+    """Whether lists of one length have equal elements, in this order or in any."""
+    if len(left) > 40:
         return False
     right = list(right)
     for element in left:
@@ -1111,75 +958,95 @@ def _same_elements(left, right, ordered):
     return True
 
 
-def _same_text(a, b):
-    r"""Whether texts are equal but for spaces and single arguments: '\cot(x)' is '\cot x'."""
-    texts = []
-    for text in (a, b):
-        text = " ".join(re.findall(r"\d+|\\[a-z]+|[^\s*]", text))
-        texts.append(re.sub(r"[{(] (?:\( )?(\S+)(?: \))? [)}]", r"\1", text))
-    return texts[0] == texts[1] != ""
+def _side(text):
+    """What an equation states: 5 in '2 + 3 = 5' and '5 = x'; of 'x + y = 0' the whole."""
+    sides = [side.strip() for side in text.split("=")]
+    if re.fullmatch(r"[a-z]", sides[-1]):
+        return sides[0]
+    algebra = re.search("[a-z]", sides[0]) and _compute(sides[0]) is not None
+    return text if algebra else sides[-1]
+
+
+# The two rules for words: what may stand before a number, and what may stand behind it as its unit.
+BEFORE = re.compile(r"[^\d\\=+*/^<>≤≥|()\[\]_-]*?(?=-?\s?\.?\d|\()")
+NOT_BEFORE = re.compile(
+    r"\b(?:[b-z]|not?|never|than|of|times|by|twice|half|double|between)\b|n't\b"
+)
+NUMBER = re.compile(r"[-+*/().\d\s]*[\d)](?:\s*\\pi\b)?")
+UNIT = re.compile(
+    r"\s*(?![abcxyz]{2,3}\b)(?:[^\W\d_]{2,}|[^\x00-\x7f≤≥∪±]|[mgshl]\b|a\s)"
+    r"[^\d\\=+<>≤≥|()\[\]]*(?:\*\*\(?\d\)?)?"
+)
+NOT_A_UNIT = re.compile(r"\b(?:times|plus|minus|lakh|crore|dozen|out of|or|to|squared)\b")
 
 
 def _value(text):
-    """The value of arithmetic: a Fraction while exact, else a float or complex; None if it is none.
+    """The value of a number between words, or of arithmetic: a Fraction while exact, else a float
+    or complex number; None if it is neither."""
+    words = BEFORE.match(text)
+    start = 0
+    if words and not NOT_BEFORE.search(words[0]):
+        start = words.end()
+    number = NUMBER.match(text, start)
+    if number:
+        unit = text[number.end() :]
+        if not unit.strip() or UNIT.fullmatch(unit) and not NOT_A_UNIT.search(unit):
+            return _compute(number[0])
+    return _compute(text)
 
-    A letter stands for a fixed complex number, so that x + 1 equals 1 + x, and nothing else by
-    accident. It is near 1, so that no power drowns the other terms, and its real part is positive,
-    so that the root of x^2 is x.
-    """
-    tokens = re.findall(r"\d+\.?\d*|\.\d+|\\[a-z]+|\S", text)
-    if len(tokens) > 80 or re.search(r"(?<![\\a-z])[a-z]{4,}", text):
-        return None  # 80 tokens bound the recursion; words such as 'even' are no products
-    tokens = [" ", *reversed(tokens)]  # the next one last; " " ends them
+
+CONSTANTS = {"pi": cmath.pi, "i": 1j}
+
+
+def _compute(text):
+    """The value of a text that is arithmetic with letters, as Python's parser reads it, or None."""
+    tokens = re.findall(r"\d+\.?\d*|\.\d+|\\?[a-z]+|\*\*|\S", text)
+    if len(tokens) > 80 or re.search(r"\d\s+[\d.]", text):
+        return None
+    factors = []  # with the '*' that mathematics leaves out
+    for token in tokens:
+        names = [token.lstrip("\\") or token]
+        if token.isalpha() and token not in CONSTANTS:
+            if len(token) > 1 and not set(token) <= set("abcxyz"):
+                return None  # a word, where xy is x times y
+            names = list(token)
+        for name in names:
+            if factors and re.match(r"[\w.)]", factors[-1][-1]) and re.match(r"[\w.(]", name):
+                factors.append("*")
+            factors.append(name)
     try:
-        value = _expression(tokens, 0, " ")
+        value = _walk(ast.parse("".join(factors), mode="eval").body)
         return value if cmath.isfinite(value) else None
-    except (ValueError, ArithmeticError, IndexError):
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return None
 
 
-def _expression(tokens, strength, closing=None):
-    """Reads an operand and the operators that bind more tightly than `strength` (Pratt parsing)."""
-    value = _operand(tokens)
-    while tokens[-1] not in ")]}⦄ ":
-        binds, apply = OPERATORS.get(tokens[-1], OPERATORS["*"])
-        if binds <= strength:
-            break
-        if tokens[-1] in OPERATORS:
-            tokens.pop()
-        elif tokens[-1][0] in "0123456789.":
-            raise ValueError("'1 2' is neither 12 nor 2")
-        value = apply(value, _expression(tokens, min(binds, 3)))
-    if closing and tokens.pop() != closing:
-        raise ValueError("a bracket is not closed")
-    return value
-
-
-def _operand(tokens):
-    """Reads a number, a variable, a bracket, a sign with its operand, a fraction or a root."""
-    token = tokens.pop()
-    if re.match(r"[\d.]", token):
-        return Fraction(token)
-    if token in "+-":
-        operand = _expression(tokens, 3)
-        return -operand if token == "-" else operand
-    if token in CLOSING:
-        return _expression(tokens, 0, CLOSING[token])
-    if token == "\\frac":
-        top = _expression(tokens, 9)
-        return top / _expression(tokens, 9)
-    if token == "\\sqrt":
-        index = Fraction(2)
-        if tokens[-1] == "[":
-            tokens.pop()
-            index = _expression(tokens, 0, "]")
-        return _power(_expression(tokens, 9), 1 / index)
-    if token in CONSTANTS:
-        return CONSTANTS[token]
-    if re.fullmatch(r"[a-z]|\\(?:infty|theta|alpha|beta|gamma|lambda|omega|phi)", token):
-        code = sum(ord(char) * 7**i for i, char in enumerate(token))
-        return cmath.rect(1 + code * 0.7549 % 0.3, code * 0.618 % 0.7)
-    raise ValueError(f"{token} is no operand")
+def _walk(node):
+    """The value of a node of Python's syntax tree. A letter stands for a fixed complex number near
+    1, so that x + 1 equals 1 + x, and nothing else by accident."""
+    match node:
+        case ast.Constant(value=int() | float()):
+            return Fraction(ast.unparse(node))
+        case ast.Name(id=name) if name in CONSTANTS:
+            return CONSTANTS[name]
+        case ast.Name(id=name) if name.isascii():
+            code = sum(ord(char) * 7**i for i, char in enumerate(name))
+            return cmath.rect(1 + code * 0.7549 % 0.3, code * 0.618 % 0.7)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_walk(operand)
+        case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+            return _walk(operand)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _walk(left) + _walk(right)
+        case ast.BinOp(left=left, op=ast.Sub(), right=right):
+            return _walk(left) - _walk(right)
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            return _walk(left) * _walk(right)
+        case ast.BinOp(left=left, op=ast.Div(), right=right):
+            return _walk(left) / _walk(right)
+        case ast.BinOp(left=left, op=ast.Pow(), right=right):
+            return _power(_walk(left), _walk(right))
+    raise ValueError("not arithmetic")
 
 
 def _power(base, exponent):
@@ -1187,20 +1054,9 @@ def _power(base, exponent):
     size = 0
     if isinstance(base, Fraction):
         size = max(abs(base.numerator), base.denominator).bit_length()
-    if abs(exponent) * size > 4096:
+    if isinstance(exponent, complex) or abs(exponent) * size > 4096:
         base = complex(base)
     return base**exponent
-
-
-CONSTANTS = {"i": 1j, "\\pi": cmath.pi}
-OPERATORS = {  # how tightly it binds (a sign: 3), and what it does
-    "+": (1, operator.add),
-    "-": (1, operator.sub),
-    "*": (2, operator.mul),
-    "/": (2, operator.truediv),
-    ":": (2, operator.truediv),
-    "^": (4, _power),
-}
 
 
 # --- Tokenizer -----------------------------------------------------------------------------------
