@@ -1061,14 +1061,17 @@ def _power(base, exponent):
 
 # --- Tokenizer -----------------------------------------------------------------------------------
 
-# What a model folder says about its tokenizer, here and to other programs.
+# What a model folder says about its tokenizer, here and to other programs: all files like these.
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
+    "tokenizer*",
+    "*.model",
+    "vocab*",
+    "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
-    "chat_template.jinja",
+    "chat_template*",
+    "additional_chat_templates/*",
 )
 USUAL_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]")
 
@@ -1078,7 +1081,8 @@ class Tokenizer:
 
     stop_ids: all tokens that end a text. eos_id: the one of them that training writes.
     vocab_size: one more than the largest id, added tokens included.
-    files: {name: text} that save writes.
+    special_tokens: the texts, such as "<|im_end|>", that stand for a token of their own.
+    files: {name: bytes} that save writes.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, eos_id: int, stop_ids=None, files=None):
@@ -1086,10 +1090,15 @@ class Tokenizer:
         self.eos_id = eos_id
         self.stop_ids = stop_ids or [eos_id]
         self.vocab_size = 1 + max(tokenizer.get_vocab().values(), default=-1)
+        added = tokenizer.get_added_tokens_decoder()
+        # An end of text is special, whether or not its folder says so.
+        tokenizer.add_special_tokens([added[i] for i in self.stop_ids if i in added])
+        added = tokenizer.get_added_tokens_decoder().values()
+        self.special_tokens = [token.content for token in added if token.special]
         config = dict(tokenizer_class="PreTrainedTokenizerFast")
-        config["eos_token"] = tokenizer.id_to_token(eos_id)
-        self.files = {"tokenizer_config.json": json.dumps(config, indent=2)}
-        self.files |= files or {"tokenizer.json": tokenizer.to_str(pretty=True)}
+        config["eos_token"] = token_text(tokenizer, eos_id)
+        self.files = {"tokenizer_config.json": json.dumps(config, indent=2).encode()}
+        self.files |= files or {"tokenizer.json": tokenizer.to_str(pretty=True).encode()}
 
     @classmethod
     def from_pretrained(cls, folder) -> "Tokenizer":
@@ -1104,27 +1113,47 @@ class Tokenizer:
         except Exception as error:  # the library raises no other
             raise UserError(f"{path}: {error}") from None
         files = {}
-        for name in TOKENIZER_FILES:
-            if (folder / name).exists():
-                files[name] = (folder / name).read_text(encoding="utf-8")
+        for pattern in TOKENIZER_FILES:
+            for file in folder.glob(pattern):
+                if file.is_file():
+                    files[str(file.relative_to(folder))] = file.read_bytes()
         eos_id, stop_ids = ends_of_text(tokenizer, folder)
         return cls(tokenizer, eos_id, stop_ids, files)
 
     @rank_zero_only
     def save(self, folder):
         """Write all files as they were read, so that this folder behaves as its source does."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, text in self.files.items():
-            (Path(folder) / name).write_text(text, encoding="utf-8")
+        for name, content in self.files.items():
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of a text. With special=False the text of a special token, "<|im_end|>" in
+        somebody's solution, is read as the letters that it has."""
+        self.tokenizer.encode_special_tokens = not special
         try:
             ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:  # a vocabulary without a token for unknown words
             raise UserError(f"tokenizer.json: {error}, reading {text[:50]!r}") from None
+        finally:
+            self.tokenizer.encode_special_tokens = False
         largest = max(ids, default=0)
         if largest >= self.vocab_size:  # which may have been set to the model's
             raise UserError(f"token {largest} of the tokenizer is none of the model's tokens")
+        return ids
+
+    def encode_prompt(self, prompt_format: str, question: str) -> list[int]:
+        """Token ids of a prompt, "<|im_start|>user\\n{question}<|im_end|>". The format may hold
+        special tokens, the question may not: there they are read as letters."""
+        prompt = format_prompt(prompt_format, question)
+        if not any(token in question for token in self.special_tokens):
+            return self.encode(prompt)
+        ids = []
+        for number, piece in enumerate(prompt_format.split("{question}")):
+            if number > 0:
+                ids += self.encode(question, special=False)
+            ids += self.encode(piece)
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -1132,24 +1161,26 @@ class Tokenizer:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def token_starts(self, ids: list[int]) -> tuple[list[int], str]:
-        """The character at which each token starts, and the text.
+        """The character at which each token starts, and the text: [0, 3] and "Tom has".
 
-        A token's text is what it adds behind the ones before it, because many decoders drop the
-        space of a first token. A character of several tokens is waited for: all of them start where
-        it does. Only the last few tokens are decoded each time, so the time is linear.
+        Many decoders drop the space of a first token, so a token is decoded together with a few
+        before it: its text is what it adds to theirs. Inside a character of several tokens nothing
+        can be added yet, so all of them start where the character does.
         """
         starts = []
-        text = ""
-        window = 0
-        done = 0  # the text of the tokens before `done` is known
-        for i in range(len(ids)):
+        text = ""  # of ids[:done]
+        context = 0  # decoded again for the next token: ids[context:done]
+        done = 0
+        for end in range(1, len(ids) + 1):
             starts.append(len(text))
-            known = self.decode(ids[window:done])
-            longer = self.decode(ids[window : i + 1])
-            if not longer.endswith("\ufffd") or i - done > 4 or i + 1 == len(ids):
-                text += longer[len(known) :]
-                window = done
-                done = i + 1
+            before = self.decode(ids[context:done])
+            after = self.decode(ids[context:end])
+            inside = after.endswith("\ufffd") and end - done <= 5  # else the text has this sign
+            if inside and end < len(ids):
+                continue
+            text += after[len(before) :]
+            context = done
+            done = end
         return starts, text
 
     def texts(self, parts: list[list[int]]) -> list[str]:
@@ -1199,13 +1230,27 @@ def ends_of_text(tokenizer: tokenizers.Tokenizer, folder: Path) -> tuple[int, li
 
 
 def note_beginning_of_text(tokenizer: tokenizers.Tokenizer):
-    """Say on stderr if this tokenizer begins each text with a token, which prompts here lack."""
+    """Say on stderr if this tokenizer begins each text with a token, which prompts here lack, and
+    what prompt has it: some tokenizers need a space behind it to read the first word as usual."""
     plain = tokenizer.encode("a", add_special_tokens=False).ids
     ids = tokenizer.encode("a").ids
-    if ids and ids[:1] != plain[:1]:
-        token = tokenizer.id_to_token(ids[0])
-        prompt = repr(token + DEFAULT_PROMPT)
-        note(f"this tokenizer begins texts with {token}, prompts do so only by --prompt ${prompt}")
+    if ids[:1] == plain[:1]:
+        return
+    token = token_text(tokenizer, ids[0])
+    advice = "which no --prompt can write"
+    for start in (token + " ", token):  # where both are right, the shorter one
+        begun = tokenizer.encode(start + "a", add_special_tokens=False).ids
+        if begun == ids[: len(begun)]:  # some tokenizers also end the text
+            advice = f"prompts do so only by --prompt ${start + DEFAULT_PROMPT!r}"
+    note(f"this tokenizer begins texts with {token}, {advice}")
+
+
+def token_text(tokenizer: tokenizers.Tokenizer, token_id: int) -> str:
+    """How a token is written in a text: "<s>", which some tokenizers call "▁<s>"."""
+    added = tokenizer.get_added_tokens_decoder()
+    if token_id in added:
+        return added[token_id].content
+    return tokenizer.id_to_token(token_id)
 
 
 # --- The built-in task: arithmetic in which the truth of every step is known ---------------------

@@ -20,14 +20,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-# cuDNN compiles a plan for every new shape, and batches of text have a new shape at each step.
+# cuDNN's attention compiles a plan for every new shape, and batches of text have one at each step.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 gelu_tanh = partial(F.gelu, approximate="tanh")
@@ -95,11 +97,6 @@ class Config:
                 f"config.json: num_key_value_heads={config.n_kv_head} does not divide "
                 f"num_attention_heads={config.n_head}"
             )
-        derived = not hf.get("head_dim") and config.head_dim == config.width // config.n_head
-        if derived and config.width % config.n_head != 0:
-            raise CheckpointError(
-                f"config.json: {config.n_head} heads do not divide a width of {config.width}"
-            )
         if config.activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise CheckpointError(
@@ -113,7 +110,7 @@ class Config:
 
     @property
     def position_limit(self):
-        """How many tokens a text may have: only learned positions end."""
+        """How many tokens a text may have: any number, unless positions are learned."""
         return math.inf if self.rotary else self.max_len
 
 
@@ -127,7 +124,7 @@ def make_norm(config, size):
 
 
 def rope_angles(config, positions, dtype):
-    """cos and sin (B, 1, T, D/2) of the rotary angles position * theta^(-2i/D) at int64 (B, T).
+    """cos and sin, (B, 1, T, D/2), of the angles position * theta^(-2i/D) of positions (B, T).
 
     Computed in fp32 at each forward: a buffer would be rounded by model.to(bfloat16).
     """
@@ -182,7 +179,8 @@ class Attention(nn.Module):
     def forward(self, x, positions, rope, mask, cache):
         """x (B, T, C) -> (B, T, C): softmax(rotated q k^T * scale + mask) v, heads side by side.
 
-        rope is None or cos and sin; the mask is None for causal, else as in `make_masks`.
+        rope: cos and sin, or None where positions are learned. mask: from `make_masks`; None means
+        causal.
         """
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, self.n_head, self.head_dim)).transpose(1, 2)
@@ -197,7 +195,8 @@ class Attention(nn.Module):
         if mask is None:
             y = attend(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            # Query heads that share a key head become queries of that head: keys are read once.
+            # Query heads that share a key head are laid end to end, as more queries of that head:
+            # its keys are then read once, not once for each of them.
             q = q.reshape(B, self.n_kv_head, -1, self.head_dim)  # (B, H_kv, H / H_kv * T, D)
             y = attend(q, k, v, attn_mask=mask)
         y = y.reshape(B, self.n_head, T, self.head_dim).transpose(1, 2)
@@ -282,12 +281,17 @@ class GPT(nn.Module):
         With a cache, row b continues row b of the cache; counts, int64 (B,), says how many of
         the T tokens are real (default: all). Call it under torch.no_grad().
 
-        positions and branches, int64 (B, T), let a row hold a prompt and several responses to
-        it: a token sees what stands before it, by position, in branch 0, which is the prompt,
-        and in its own branch. Padding has branch -1. Two responses to three tokens:
+        positions and branches, int64 (B, T), let one row hold a prompt and several responses to
+        it, so that the prompt is computed once. A prompt p of three tokens, with a response a of
+        two and a response b of three:
 
-            positions 0 1 2 3 4 3 4 5
-            branches  0 0 0 1 1 2 2 2
+            column     0   1   2   3   4   5   6   7
+            token      p0  p1  p2  a0  a1  b0  b1  b2
+            positions  0   1   2   3   4   3   4   5     each response goes on behind the prompt
+            branches   0   0   0   1   1   2   2   2     0: the prompt; -1: padding
+
+        A token sees the prompt and its own response, up to its own position: a1 sees columns 0 to
+        4, and b1 sees 0, 1, 2, 5, 6. So each response gets what it would get in a row of its own.
         """
         T = input_ids.shape[1]
         if positions is None:
@@ -302,7 +306,7 @@ class GPT(nn.Module):
             last = self.config.max_len - 1
             if cache is None and positions.max() > last:
                 raise ValueError(f"a text of {T} tokens for a model of {last + 1} positions")
-            # Padding, and a finished row that is full, may stand behind the last position.
+            # Padding and rows that are done may stand behind the last position: nobody reads them.
             x = x + self.embed_positions(positions.clamp(max=last))
         masks = make_masks(self.config, positions, branches, cache, x.dtype)
         for layer, window in zip(self.layers, self.config.windows, strict=True):
@@ -366,17 +370,16 @@ class GPT(nn.Module):
         temporary = folder / ".config.json.tmp"
         temporary.write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, folder / "config.json")
-        temporary = folder / ".model.safetensors.tmp"
-        save_file(disk_tensors(self, dtype), temporary, metadata={"format": "pt"})
-        os.replace(temporary, folder / "model.safetensors")
+        save_tensors(disk_tensors(self, dtype), folder / "model.safetensors", {"format": "pt"})
 
 
 def make_masks(config, positions, branches, cache, dtype):
     """{window: mask} for the windows in use, built once for all layers.
 
     A mask is None where a token sees all tokens before it. Else it is (B or 1, 1, N, S) and added
-    to the scores: 0 where a token may look, a huge negative number elsewhere. N is H / H_kv * T,
-    for the query heads that share a key head; in a decode step they share one row, N = 1.
+    to the scores: 0 where a token may look, a huge negative number elsewhere. Its N rows are the T
+    queries, repeated for each of the H / H_kv query heads that share a key head. When T = 1, a
+    decode step, all of them look at the same keys, and N = 1 is enough.
     """
     T = positions.shape[1]
     device = positions.device
@@ -389,9 +392,9 @@ def make_masks(config, positions, branches, cache, dtype):
     if branches is not None:
         same_branch = branches[:, None, None, :] == branches[:, None, :, None]
         visible &= same_branch | (branches[:, None, None, :] == 0)
-    if torch.is_autocast_enabled(device.type):  # or autocast would convert it in every layer
+    if torch.is_autocast_enabled(device.type):  # else every layer would convert the mask again
         dtype = torch.get_autocast_dtype(device.type)
-    hide = torch.finfo(dtype).min  # not -inf, which makes NaN of a row that sees nothing
+    hide = torch.finfo(dtype).min  # not -inf: the softmax of a row that sees nothing would be NaN
     masks = {}
     for window in set(config.windows):
         if not continues and branches is None and (window is None or window >= T):
@@ -408,13 +411,15 @@ def make_masks(config, positions, branches, cache, dtype):
 
 
 class KVCache:
-    """The keys and values of all layers, for `rows` texts that are read bit by bit.
+    """The keys and values of the tokens that each row has read so far, in all layers.
 
-    k, v: (n_layer, rows, H_kv, room, D), where `room` is how many tokens a row may hold;
-    lengths: int64 (rows,), how many it holds. What lies behind a row's length is never seen.
-    Make room before reading: `GPT.hidden` does not look at the lengths, as a GPU would have to
-    be waited for. A decode step attends to the whole room under a mask, so that it depends on
-    no Python number but the room and can be captured in a CUDA graph.
+    k, v: (n_layer, rows, H_kv, room, D), where `room` is how many tokens a row may hold.
+    lengths: int64 (rows,), how many it holds; what lies behind them is never seen.
+
+    Call `make_room` before more tokens are read. `GPT.hidden` does not check the lengths: they are
+    on the GPU, and to read them there would stop the program until the GPU has caught up.
+    A decode step attends to the whole room, under a mask. So its shapes change only when the room
+    grows, and until then one CUDA graph can replay it.
     """
 
     def __init__(self, config, rows, room, dtype=torch.float32, device="cpu"):
@@ -424,14 +429,14 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.row_index = torch.arange(rows, device=device)[:, None]  # (rows, 1)
-        self.empty = True  # the first read needs no mask over the room
+        self.empty = True  # what is read first needs only its own keys, not the whole room
 
     @property
     def room(self):
         return self.k.shape[3]
 
     def make_room(self, tokens):
-        """Let each row hold `tokens` tokens: k and v grow by blocks, where they are too small."""
+        """Let each row hold `tokens` tokens: k and v grow by whole blocks if they are too small."""
         if tokens <= self.room:
             return
         more = math.ceil(tokens / BLOCK) * BLOCK - self.room
@@ -439,7 +444,7 @@ class KVCache:
         self.v = F.pad(self.v, (0, 0, 0, more))
 
     def copy_rows(self, source, source_rows, rows):
-        """Copy what `source_rows` of another cache hold into `rows` (both int64)."""
+        """Copy rows of another cache into rows of this one: source_rows and rows are int64 (n,)."""
         self.make_room(source.room)
         for layer in range(len(self.k)):
             self.k[layer, rows, :, : source.room] = source.k[layer, source_rows]
@@ -449,7 +454,8 @@ class KVCache:
 
     def append(self, layer, positions, k, v):
         """Store k and v (B, H_kv, T, D) of the new tokens at `positions`, int64 (B, T). Returns
-        the keys and values to attend to: the new ones if there were none, else the whole room."""
+        the keys and values to attend to: the new ones if the cache was empty, else the whole room.
+        """
         if self.empty:
             T = k.shape[2]
             self.k[layer, :, :, :T] = k
@@ -460,9 +466,99 @@ class KVCache:
         return self.k[layer], self.v[layer]
 
     def advance(self, counts):
-        """Count the new tokens: an int, or int64 (rows,)."""
+        """Add the number of new tokens to the lengths: an int, or int64 (rows,)."""
         self.lengths += counts
         self.empty = False
+
+
+# ---- log-probabilities of responses
+
+
+def token_logps(model, sequences):
+    """log pi of every response token of some sequences, float32 (N,), response after response.
+
+    sequences: (prompt, response) or (prompt, chosen, rejected), token ids each. Nothing else shifts
+    and masks. Logits exist only where responses are predicted, some hundred MB of them at a time,
+    and are computed again in the backward pass: in float32 and over a large vocabulary they are
+    what runs out of memory first.
+    """
+    batch = collate(sequences, model.norm.weight.device)
+    hidden = model.hidden(batch.ids, positions=batch.positions, branches=batch.branches)
+    hidden = hidden[batch.rows, batch.columns]  # (N, C)
+
+    def logps(hidden, targets):
+        return -F.cross_entropy(model.logits(hidden).float(), targets, reduction="none")
+
+    logits_at_a_time = 2**27 if hidden.is_cuda else 2**24
+    chunk = max(1, logits_at_a_time // model.config.vocab_size)
+    if len(hidden) <= chunk:
+        return logps(hidden, batch.targets)
+    parts = []
+    for h, targets in zip(hidden.split(chunk), batch.targets.split(chunk), strict=True):
+        parts.append(checkpoint(logps, h, targets, use_reentrant=False))
+    return torch.cat(parts)
+
+
+@dataclass
+class Batch:
+    """Sequences as the model reads them, and where it predicts their response tokens."""
+
+    ids: torch.Tensor  # int64 (B, T), padded on the right
+    positions: torch.Tensor | None  # int64 (B, T), where a row has two responses
+    branches: torch.Tensor | None  # int64 (B, T): 0 the prompt, 1 and 2 its responses, -1 padding
+    rows: torch.Tensor  # int64 (N,), of every response token: its row,
+    columns: torch.Tensor  # the column that predicts it,
+    targets: torch.Tensor  # and the token itself
+
+
+def collate(sequences, device):
+    """A `Batch` of (prompt, response) or (prompt, chosen, rejected) sequences of token ids.
+
+    Each row is a prompt followed by its responses, each without its last token, which predicts
+    nothing. The last token of the prompt predicts the first token of each response. One pair, with
+    the prompt 5 7, chosen 3 8 and rejected 4 9 6, is one row:
+
+        column       0  1  2  3  4
+        ids          5  7  3  4  9
+        positions    0  1  2  2  3     both responses stand behind the prompt
+        branches     0  0  1  2  2     and do not see each other
+        predicts        3  8           chosen: 3 from column 1, 8 from column 2
+                        4     9  6     rejected: 4 from column 1, 9 and 6 from columns 3 and 4
+
+    All masks come from lengths, because padding may equal the end of text.
+    """
+    ids = []
+    positions = []
+    branches = []
+    rows = []
+    columns = []
+    targets = []
+    for row, (prompt, *responses) in enumerate(sequences):
+        x = list(prompt)
+        position = list(range(len(prompt)))
+        branch = [0] * len(prompt)
+        for number, response in enumerate(responses, 1):
+            n = len(response)
+            rows += [row] * n
+            # the prompt's last token predicts the first token of each response
+            columns += [len(prompt) - 1, *range(len(x), len(x) + n - 1)]
+            targets += response
+            x += response[:-1]
+            position += range(len(prompt), len(prompt) + n - 1)
+            branch += [number] * (n - 1)
+        ids.append(torch.from_numpy(np.array(x)))
+        positions.append(torch.from_numpy(np.array(position)))
+        branches.append(torch.from_numpy(np.array(branch)))
+
+    def pad(tensors, value=0):
+        return pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
+
+    places = torch.from_numpy(np.array([rows, columns, targets])).to(device)
+    batch = Batch(pad(ids), None, None, *places)
+    if any(len(sequence) > 2 for sequence in sequences):
+        batch.positions = pad(positions)
+        batch.branches = pad(branches, value=-1)
+    return batch
 
 
 # ---- families: what config.json and the names of the tensors mean
@@ -481,7 +577,7 @@ def llama(hf):
         n_layer=n_layer,
         n_head=n_head,
         n_kv_head=hf.get("num_key_value_heads") or n_head,
-        head_dim=hf.get("head_dim") or width // n_head,
+        head_dim=hf.get("head_dim") or head_size(width, n_head),
         width=width,
         mlp_width=read_size(hf, "intermediate_size", 11008),
         max_len=read_size(hf, "max_position_embeddings", 2048),
@@ -577,7 +673,7 @@ def gpt2(hf):
         n_layer=n_layer,
         n_head=n_head,
         n_kv_head=n_head,
-        head_dim=width // n_head,
+        head_dim=head_size(width, n_head),
         width=width,
         mlp_width=hf.get("n_inner") or 4 * width,
         max_len=read_size(hf, "n_positions", 1024),
@@ -604,11 +700,18 @@ FAMILIES = {"gpt2": gpt2, "llama": llama, "mistral": mistral, "qwen2": qwen2, "q
 
 
 def read_size(hf, key, default):
-    """A positive integer of config.json; `default`, which is transformers', if it is silent."""
+    """A positive integer of config.json. A key that is not there has transformers' default."""
     value = hf.get(key, default)
     if type(value) is not int or value < 1:
         raise CheckpointError(f"config.json: {key}={value!r} is not a positive integer")
     return value
+
+
+def head_size(width, n_head):
+    """The size of a head where the heads share the width."""
+    if width % n_head != 0:
+        raise CheckpointError(f"config.json: {n_head} heads do not divide a width of {width}")
+    return width // n_head
 
 
 LLAMA3_KEYS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -631,7 +734,11 @@ def read_rope(hf):
         raise CheckpointError(f"config.json: rope_type={kind!r} is not one of {known}")
     if kind == "default":
         return theta, None
-    rope = {"original_max_position_embeddings": hf.get("max_position_embeddings", 2048)} | rope
+    # Some files have this number at their top; as in transformers 5, it then counts.
+    original = "original_max_position_embeddings"
+    rope = {original: hf.get("max_position_embeddings", 2048)} | rope
+    if hf.get(original):
+        rope[original] = hf[original]
     scaling = {"rope_type": kind}
     for key in ROPE_KEYS[kind]:
         if key not in rope:
@@ -641,7 +748,7 @@ def read_rope(hf):
 
 
 def qwen_windows(hf, n_layer):
-    """The window of each layer: those of layer_types, else all from max_window_layers on."""
+    """The window of each layer: as layer_types says, else one in all from max_window_layers on."""
     if not hf.get("use_sliding_window"):
         return (None,) * n_layer
     first = min(hf.get("max_window_layers", 28), n_layer)
@@ -660,7 +767,7 @@ def qwen_windows(hf, n_layer):
 
 
 def disk_name(config, name):
-    """layers.0.self_attn.q_proj.weight -> GPT-2's h.0.attn.c_attn.weight, without a prefix."""
+    """layers.0.self_attn.q_proj.weight -> h.0.attn.c_attn.weight for GPT-2: no prefix yet."""
     for ours, theirs in config.names.items():
         name = name.replace(ours, theirs)
     return name
@@ -677,7 +784,7 @@ def from_disk(config, name, tensor):
 
 
 def disk_tensors(model, dtype):
-    """{name on disk: tensor on the CPU}, the inverse of `from_disk`."""
+    """{name on disk: tensor on the CPU} for all parameters, the inverse of `from_disk`."""
     config = model.config
     parts = {}
     for name, weight in model.named_parameters():
@@ -707,7 +814,7 @@ def check_tied_head(folder, config, stored):
 def read_json(path):
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a readable JSON file ({error})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: not a JSON object")
@@ -733,11 +840,42 @@ def open_tensors(folder):
 
 
 def shard_paths(folder):
-    """The files with weights: model.safetensors, or model-00001-of-00002.safetensors and so on."""
+    """The files with weights, chosen as transformers does: model.safetensors, else those that
+    model.safetensors.index.json names, else model-00001-of-00002.safetensors and so on."""
     single = folder / "model.safetensors"
     if single.exists():
         return [single]
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return indexed_paths(index)
     shards = sorted(folder.glob("model-*-of-*.safetensors"))
     if not shards:
         raise CheckpointError(f"{folder}: no model.safetensors (.bin files are not read)")
     return shards
+
+
+def indexed_paths(index):
+    """The files of an index, {"weight_map": {"model.norm.weight": "a.safetensors", ...}}."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no weight_map from tensors to files")
+    paths = set()
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
+            raise CheckpointError(f"{index}: {file!r} is not the name of a file in this folder")
+        paths.add(index.parent / file)
+    return sorted(paths)
+
+
+def save_tensors(tensors, path, metadata):
+    """Write a safetensors file under a temporary name and rename it: never half a file.
+
+    save_file leaves a file that only its owner may read; it gets the mode that new files have.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.touch()
+    mode = temporary.stat().st_mode
+    save_file(tensors, temporary, metadata=metadata)
+    temporary.chmod(mode)
+    os.replace(temporary, path)

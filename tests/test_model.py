@@ -4,6 +4,7 @@ How those were made: tests/golden/make_golden.py.
 """
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -422,6 +423,24 @@ def test_defaults_of_missing_keys():
     assert nulls.n_kv_head == 4 and nulls.head_dim == 8
 
 
+@pytest.mark.parametrize("form", ["rope_parameters", "rope_scaling"])
+@torch.no_grad()
+def test_original_length_at_the_top(form, folder):
+    """Guards a length of llama3's rotation that stands at the top of config.json and is taken for
+    that of the model: logits were off by 6.5. Where both are given transformers takes this one."""
+    scaling = json.loads((GOLDEN / "llama3" / "config.json").read_text())["rope_parameters"]
+    original = scaling.pop("original_max_position_embeddings")
+    top = dict(original_max_position_embeddings=original)
+    theta = scaling.pop("rope_theta") if form == "rope_scaling" else None
+    for inner in ({}, dict(original_max_position_embeddings=7)):
+        edit = top | {form: scaling | inner}
+        if theta:
+            edit["rope_theta"] = theta
+        drop = ["rope_parameters"] if theta else []
+        same_as_golden(folder("llama3", edit, drop=drop), "llama3")
+    assert Config.from_hf(TOY | top | dict(rope_theta=1e4)).rope_scaling is None
+
+
 def test_windows_of_qwen():
     """Guards a window that is applied although it is switched off, or to the wrong layers."""
     qwen = TOY | dict(model_type="qwen2", num_hidden_layers=3, sliding_window=7)
@@ -607,6 +626,76 @@ def test_shards(name, shards, folder):
     refuses(path, "no tensor" if shards == 2 else "no model.safetensors")
 
 
+def write_shards(path, files):
+    """Divide the weights of a folder over these files. Returns {tensor: file}."""
+    weights = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    weight_map = {key: files[i % len(files)] for i, key in enumerate(sorted(weights))}
+    for file in files:
+        (path / file).parent.mkdir(exist_ok=True)
+        save_file({key: weights[key] for key in weights if weight_map[key] == file}, path / file)
+    return weight_map
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+        ["first.safetensors", "parts/second.safetensors"],
+        ["pytorch_model.safetensors"],
+    ],
+)
+def test_an_index_names_the_shards(files, folder):
+    """Guards shards of other names refused, and a shard left over of another save taken for one."""
+    path = folder("qwen3")
+    index = {"metadata": {"total_size": 1}, "weight_map": write_shards(path, files)}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    stale = {"model.norm.weight": torch.ones(32)}
+    for name in ("model-00003-of-00003.safetensors", "consolidated.safetensors"):
+        save_file(stale, path / name)
+    same_as_golden(path, "qwen3")
+    (path / files[-1]).unlink()
+    refuses(path, files[-1])
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ("{", "JSON"),
+        ("[" * 200_000, "JSON"),
+        ("[]", "object"),
+        ("{}", "weight_map"),
+        ('{"weight_map": {}}', "weight_map"),
+        ('{"weight_map": ["model.safetensors"]}', "weight_map"),
+        ('{"weight_map": {"a": 1}}', "1 is not the name"),
+        ('{"weight_map": {"a": "../llama-0/model.safetensors"}}', "../llama-0"),
+        ('{"weight_map": {"a": "x/../../llama-0/model.safetensors"}}', "x/../../llama-0"),
+        ('{"weight_map": {"a": "/model.safetensors"}}', "/model.safetensors"),
+        ('{"weight_map": {"a": "none.safetensors"}}', "none.safetensors"),
+        ('{"weight_map": {"a": ""}}', "safetensors"),
+    ],
+)
+def test_a_broken_index_is_one_line(text, word, folder):
+    """Guards a traceback from an index, and one that names files of another folder."""
+    folder("llama")
+    path = folder("llama")
+    (path / "model.safetensors").rename(path / "model-00001-of-00001.safetensors")
+    (path / "model.safetensors.index.json").write_text(text)
+    refuses(path, word, str(path))
+
+
+def test_what_was_saved_counts(folder):
+    """Guards a save into a folder of shards whose old index wins over the new weights."""
+    path = folder("llama")
+    weight_map = write_shards(path, ["a.safetensors", "b.safetensors"])
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    model = GPT.from_pretrained(path)
+    with torch.no_grad():
+        model.norm.weight += 1
+    model.save_pretrained(path)
+    assert torch.equal(GPT.from_pretrained(path).norm.weight, model.norm.weight)
+
+
 def test_links_of_the_hub_cache(tmp_path):
     """Guards a snapshot of the hub's cache: every file is a link into another folder."""
     for name in ("config.json", "model.safetensors"):
@@ -626,7 +715,7 @@ def test_swish_is_silu(folder):
 
 def test_broken_folders(folder):
     """Guards stack traces: each broken folder is one line that names the file or the tensor."""
-    for text in ("{", "[]", "\xff", ""):
+    for text in ("{", "[]", "\xff", "", "[" * 200_000, '{"a":' * 200_000):
         path = folder("llama")
         (path / "config.json").write_text(text, encoding="latin-1")
         refuses(path, "config.json")
@@ -699,6 +788,22 @@ def test_save_is_atomic(monkeypatch, tmp_path):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_weights_have_the_mode_of_other_files(umask, mode, tmp_path):
+    """Guards weights that nobody else can read beside files that all can: safetensors writes a
+    private file. What a killed save left behind changes nothing."""
+    model, _ = golden("llama")
+    (tmp_path / ".model.safetensors.tmp").write_text("half")
+    (tmp_path / ".model.safetensors.tmp").chmod(0o600)
+    before = os.umask(umask)
+    try:
+        model.save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"config.json": mode, "model.safetensors": mode}
 
 
 def test_save_in_another_dtype(tmp_path):
