@@ -48,10 +48,13 @@ class UserError(ValueError):
 
 # --- Problems ------------------------------------------------------------------------------------
 
+# A problem is a question, perhaps a teacher's solution, and the gold answer. They come from a
+# JSON-lines file under the names that are in use. What is left out, or not imitated, is counted.
+
 QUESTION_KEYS = ("question", "problem", "prompt", "query")
 SOLUTION_KEYS = ("solution", "response", "output")
 ANNOTATION = re.compile(r"<<[^<>\n]*>>")
-EMPTY_BOX = re.compile(r"\\boxed\s*\{\s*\}")
+NO_ANSWER = re.compile(r"proof|not ?found|nan|none|null|n/?a|\\(?:boxed|text)\s*\{\s*\}", re.I)
 
 
 @dataclass
@@ -76,35 +79,57 @@ def read_problems(path, limit: int | None = None) -> list[Problem]:
     An `answer` that marks its final answer (####, \boxed) is a solution, any other the gold answer.
     Without a gold answer it is the last that the solution marks. Of several texts that may be the
     solution, the first that marks the gold answer is taken. `id` is optional (else the line number,
-    from 0); repeated ids are numbered: "7", "7-2", "7-3".
+    from 0); repeated ids are numbered: "7", "7-2", "7-3". `style` and `meta` are kept, so that a
+    run's own files are read back as they were.
 
-    A line that cannot be read is a UserError. Only a solution with an empty box, as two of MATH's
-    have, is left out with a note on stderr.
+    A line that cannot be read is a UserError. Notes on stderr count the lines whose answer is none
+    ("proof", "NaN"), which are left out, and the solutions that state another answer than their
+    gold one, which nobody should imitate.
     """
     problems = {}
+    no_answer = []
+    no_solution = []
+    numbers = {}  # of ids, for unused_id
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file):
                 if limit is not None and len(problems) >= limit:
                     break
-                if line.strip():
-                    problem = parse_problem(line, number, f"{path}:{number + 1}")
-                    if problem is not None:
-                        problem.id = unused_id(problem.id, problems)
-                        problems[problem.id] = problem
+                if not line.strip():
+                    continue
+                problem = parse_problem(line, number, f"{path}:{number + 1}")
+                if NO_ANSWER.fullmatch(problem.answer.strip()):
+                    no_answer.append(number + 1)
+                    continue
+                if contradicts(problem):
+                    problem.solution = ""
+                    no_solution.append(number + 1)
+                problem.id = unused_id(problem.id, numbers)
+                problems[problem.id] = problem
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    if no_answer:
+        count = len(no_answer)
+        note(f"{path}: {count} lines left out, the first is {no_answer[0]}: their answer is none")
+    if no_solution:
+        count = len(no_solution)
+        note(
+            f"{path}: {count} solutions left out, the first in line {no_solution[0]}: they state "
+            "another answer than their row"
+        )
     if not problems:
         raise UserError(f"{path}: no problems in this file")
     return list(problems.values())
 
 
-def parse_problem(line: bytes, number: int, where: str) -> Problem | None:
-    """A line of a problem file, read as read_problems says; None if the box is empty."""
+def parse_problem(line: bytes, number: int, where: str) -> Problem:
+    """A line of a problem file, read as read_problems says. The answer may be none."""
     row = parse_object(line, where)
     question = first_text(row, QUESTION_KEYS)
+    answer_keys = f"an answer is looked for under {', '.join(('answer', *SOLUTION_KEYS))}"
     if not question:
-        raise UserError(f"{where}: no question, a text under {', '.join(QUESTION_KEYS)}")
+        keys = ", ".join(QUESTION_KEYS)
+        raise UserError(f"{where}: no question, a text under {keys}; {answer_keys}")
     answer = text_of(row.get("answer"))
     gold = extract_answer(answer)
     solution = first_text(row, SOLUTION_KEYS)
@@ -115,14 +140,32 @@ def parse_problem(line: bytes, number: int, where: str) -> Problem | None:
             break
     if not answer:
         gold = extract_answer(solution, bare=False)
-    if not gold and EMPTY_BOX.search(solution):
-        note(f"{where}: left out, the \\boxed{{}} of its solution is empty")
-        return None
+    if not gold and (NO_ANSWER.fullmatch(answer) or NO_ANSWER.search(solution)):
+        gold = "none"
     if not gold or not is_correct(gold, gold):
-        raise UserError(f"{where}: no gold answer that a solution could match")
-    name = text_of(row.get("id")) or str(number)
+        raise UserError(f"{where}: no gold answer that a solution could match; {answer_keys}")
     style = "math" if "\\boxed" in solution else "lines"
-    return Problem(name, question, ANNOTATION.sub("", solution), gold, style)
+    if text_of(row.get("style")) in STEP_STARTS:
+        style = row["style"]
+    name = text_of(row.get("id")) or str(number)
+    return Problem(
+        name, question, ANNOTATION.sub("", solution), gold, style, parse_meta(row.get("meta"))
+    )
+
+
+def contradicts(problem: Problem) -> bool:
+    """Whether a solution marks another answer than the gold one."""
+    marked = extract_answer(problem.solution, bare=False)
+    return marked is not None and not is_correct(problem.solution, problem.answer)
+
+
+def parse_meta(meta) -> dict | None:
+    """`meta` of a problem of the built-in task, as it was before JSON; None for anything else."""
+    try:
+        events = [(int(sign), int(n)) for sign, n in meta["events"]]
+        return dict(start=int(meta["start"]), events=events)
+    except (TypeError, KeyError, ValueError, OverflowError):
+        return None
 
 
 def parse_object(line: bytes, where: str) -> dict:
@@ -154,13 +197,16 @@ def text_of(value) -> str:
     return ""
 
 
-def unused_id(name: str, used) -> str:
-    """`name`, or `name` with the first number that makes it new."""
-    count = 1
+def unused_id(name: str, numbers: dict[str, int]) -> str:
+    """`name`, or `name` with the first number that makes it new.
+
+    `numbers` holds each id that is used, and the last number that was tried behind it.
+    """
     candidate = name
-    while candidate in used:
-        count += 1
-        candidate = f"{name}-{count}"
+    while candidate in numbers:
+        numbers[name] += 1
+        candidate = f"{name}-{numbers[name]}"
+    numbers[candidate] = 1
     return candidate
 
 
@@ -175,7 +221,13 @@ def format_prompt(prompt_format: str, question: str) -> str:
 def note(message: str):
     """Print a note on stderr, each only once."""
     if RANK == 0:
-        print(f"note: {message}", file=sys.stderr)
+        print(f"note: {printable(message)}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal would obey or hide as Python writes it: \\x1b, \\u202e."""
+    shown = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    return "".join(shown)
 
 
 # --- Run folders: files that survive a crash -----------------------------------------------------
@@ -487,7 +539,12 @@ def folder_hash(folder) -> str:
 
 # --- Steps ---------------------------------------------------------------------------------------
 
+# A solution is cut into steps in its token ids: at its lines (GSM8K, the built-in task), or at what
+# it numbers, its paragraphs or its sentences (MATH). A step holds a letter or digit and ends inside
+# no display. Then what tells rewordings of a solution from new ones: edit distance, equations.
+
 LETTER = re.compile(r"\S")
+WORD = re.compile(r"[^\W_]")
 GAP = re.compile(r"\s+")
 # A line that opens a numbered step: "Step 2: ...", "2. ...", "**Step 2**", "## 2) ..."
 NUMBERED = re.compile(r"^(?!####)[ \t#*]*(?:step \d+\b|\d+[.)](?!\S))", re.I | re.M)
@@ -495,6 +552,18 @@ FINAL = re.compile(r"^####|(?<!\S)The answer is", re.M)
 # What continues a paragraph behind a blank line: a display, a drawing, a lower-case letter.
 CONTINUES = re.compile(r"\\\[|\$\$|\\begin|\[/?asy|[a-z}]")
 SENTENCE = re.compile(r".+?(?:\n+|\.\$\s+|\$\.\s+|$)", re.S)  # ends with a line or a formula
+# The gap behind a sentence of a text in one line. An initial, Mr. or Rs., e.g. and the number of an
+# item do not end one.
+SENTENCE_GAP = re.compile(
+    r"(?<!\b[A-Z])(?<!\b[DMRSr][rst])(?<!\bMrs)(?<!\.[A-Za-z])(?<!^\d)(?<![.?!]\s\d)"
+    r"[.?!]\s+(?=[A-Z\d$\\#])"
+)
+# What opens or closes a display. Two backslashes are a line break in one, as in \\[2pt].
+DISPLAY = re.compile(
+    r"\\\\|(?P<open>\\\[)|(?P<close>\\\])|\\begin\{(?P<begin>[^{}\n]*)\}"
+    r"|\\end\{(?P<end>[^{}\n]*)\}|(?P<both>\$\$|^[ \t]*```)",
+    re.M,
+)
 HALF = re.compile(r"\s(?=which |so |= |and |Thus)|(?<=,\$)\s")
 ARITHMETIC_SIGNS = str.maketrans("−–×·÷", "--**/")
 
@@ -521,34 +590,87 @@ def split_steps(ids: list[int], tokenizer, style: str = "lines") -> list[list[in
 
 
 def step_letters(text: str, style: str) -> list[int]:
-    """Where the first letter of each step of a solution stands."""
+    """Where the first letter of each step of a solution stands.
+
+    A step holds a letter or digit and never starts inside a display, whatever the style.
+    """
     if style not in STEP_STARTS:
         raise UserError(f"unknown style of steps {style!r}, known are {', '.join(STEP_STARTS)}")
     starts = [0, *STEP_STARTS[style](text)]
     letters = (LETTER.search(text, start) for start in starts)
-    return sorted({letter.start() for letter in letters if letter})
+    return whole_steps(text, sorted({letter.start() for letter in letters if letter}))
+
+
+def whole_steps(text: str, starts: list[int]) -> list[int]:
+    """The starts that are not inside a display, and behind each of which stands a letter or digit
+    before the next. The first start stays."""
+    spans = sorted(displays(text))
+    opens = [start for start, _ in spans]
+    reach = [0, *accumulate((end for _, end in spans), max)]
+    kept = starts[:1]
+    word = WORD.search(text)  # the first of the last step that is kept
+    for start in starts[1:]:
+        inside = reach[bisect_left(opens, start)] > start
+        if word and word.start() < start and not inside:
+            word = WORD.search(text, start)
+            if word:
+                kept.append(start)
+    return kept
+
+
+def displays(text: str) -> list[tuple[int, int]]:
+    r"""Where displays start and end: \[ \], $$ $$, \begin \end, a fenced block of code.
+
+    One that is not closed is none.
+    """
+    spans = []
+    opened = {}  # where displays of each kind start that are not closed yet
+    for match in DISPLAY.finditer(text):
+        if match.lastgroup is None:
+            continue
+        starts = opened.setdefault(display_kind(match), [])
+        if match.lastgroup in ("open", "begin") or (match.lastgroup == "both" and not starts):
+            starts.append(match.start())
+        elif starts:
+            spans.append((starts.pop(), match.end()))
+    return spans
+
+
+def display_kind(match) -> str:
+    r"""The same for both ends of a display: "array" of \begin{array} and \end{array}."""
+    if match.lastgroup in ("open", "close"):
+        return "["
+    return match[match.lastgroup].strip()
 
 
 def line_starts(text: str) -> list[int]:
-    """GSM8K and the built-in task: each line is a step, or each number if the text numbers them."""
-    return numbered_starts(text) or [gap.end() for gap in GAP.finditer(text) if "\n" in gap[0]]
+    """GSM8K and the built-in task: each line is a step, and of a text in one line each sentence."""
+    if "\n" not in text.strip():
+        return [end.end() for end in SENTENCE_GAP.finditer(text)]
+    return numbered_starts(text, [gap.end() for gap in GAP.finditer(text) if "\n" in gap[0]])
 
 
 def math_starts(text: str) -> list[int]:
-    """MATH: a step is what the text numbers, else a paragraph, else a sentence."""
-    return numbered_starts(text) or paragraph_starts(text) or sentence_starts(text)
+    """MATH: a step is a paragraph, or a sentence of a text that has no paragraphs."""
+    return numbered_starts(text, paragraph_starts(text) or sentence_starts(text))
 
 
 # Each style of steps: a function from the text of a solution to the places where steps start.
 STEP_STARTS = {"lines": line_starts, "math": math_starts}
 
 
-def numbered_starts(text: str) -> list[int]:
-    """The starts of numbered steps and of the final answer; none unless there are two numbers."""
-    starts = [match.start() for match in NUMBERED.finditer(text)]
-    if len(starts) < 2:
-        return []
-    return starts + final_start(text)
+def numbered_starts(text: str, others: list[int]) -> list[int]:
+    """Where steps start in a text that may number them. If a number holds several lines, as 'Step
+    1:' does, the numbers and the final answer alone; beside a list of facts, a line each, the
+    others, too."""
+    numbers = [match.start() for match in NUMBERED.finditer(text)]
+    if len(numbers) < 2:
+        return others
+    for start, end in pairwise(numbers):
+        if text[start:end].strip().count("\n"):
+            return numbers + final_start(text)
+    end = text.find("\n", numbers[-1])
+    return numbers + [start for start in others if start < numbers[0] or start > end > 0]
 
 
 def paragraph_starts(text: str) -> list[int]:

@@ -3,13 +3,17 @@
 Each docstring names the bug it guards.
 """
 
+import ast
+import itertools
 import json
+import math
 import os
 import random
+import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import data
-from data import UserError, flag, parse_flags, read_problems, read_rows, split_steps
+from data import UserError, flag, load_problems, parse_flags, read_problems, read_rows, split_steps
 
 TRAINING_TEXTS = [
     "Tom has 3 pens.\n\nHe buys 4 more.\n#### 7\n",
@@ -179,12 +183,56 @@ def test_files_without_problems(tmp_path):
         read_problems(write(tmp_path / "empty.jsonl", b"", b"  "))
 
 
-def test_an_empty_box_is_left_out(tmp_path, capsys):
-    """The 7,500 problems of MATH refused, or valued against '', because two boxes are empty."""
-    empty = {"problem": "x", "solution": r"There are $\boxed{}$ primes."}
-    path = write(tmp_path / "p.jsonl", GOOD, empty, GOOD)
-    assert [p.id for p in read_problems(path)] == ["0", "2"]
-    assert f"{path}:2: left out" in capsys.readouterr().err
+def test_answers_that_are_none_are_left_out(tmp_path, capsys):
+    """The 7,500 problems of MATH refused, because two boxes are empty; a gold "proof" or NaN that a
+    sample may match; rows that are gone without a word."""
+    data.note.cache_clear()
+    rows = [GOOD, {"problem": "x", "solution": r"There are $\boxed{}$ primes."}]
+    rows += [dict(question="q", answer=x) for x in ("proof", "notfound", "NaN", math.nan, "None")]
+    path = write(tmp_path / "p.jsonl", *rows, GOOD)
+    assert [p.id for p in read_problems(path)] == ["0", "7"]
+    assert f"{path}: 6 lines left out, the first is 2" in capsys.readouterr().err
+
+
+def test_contradicting_solutions_are_not_imitated(tmp_path, capsys):
+    """A teacher's solution that ends in another answer than its row's, imitated without a word."""
+    data.note.cache_clear()
+    rows = [
+        dict(question="q", solution="2 + 2 = 5\n#### 5", answer="4"),
+        dict(question="q", solution="The answer is 5.", answer="4"),
+        dict(question="q", solution="2 + 2 = 4\n#### 4", answer="4"),
+        dict(question="q", solution="I do not know.", answer="4"),
+    ]
+    path = write(tmp_path / "p.jsonl", *rows)
+    solutions = [p.solution for p in read_problems(path)]
+    assert solutions == ["", "", rows[2]["solution"], rows[3]["solution"]]
+    assert "2 solutions left out, the first in line 1" in capsys.readouterr().err
+
+
+def test_a_runs_own_problems_are_read_back(tmp_path):
+    """test.jsonl of a run that is another test: without the truth of its steps, cut elsewhere."""
+    problems = load_problems("arithmetic", "train", 3)
+    problems.append(replace(problems[0], id="m", style="math", meta=None))
+    path = tmp_path / "p.jsonl"
+    data.write_rows(path, [asdict(problem) for problem in problems])
+    again = read_problems(path)
+    assert again == problems
+
+
+def test_many_rows_of_one_id(tmp_path):
+    """Eight seconds for 8,000 rows of one id; an id that another row has."""
+    rows = [dict(GOOD, id=id) for id in ["7"] * 3 + ["7-2"] + ["7"] * 8000]
+    began = time.process_time()
+    ids = [p.id for p in read_problems(write(tmp_path / "p.jsonl", *rows))]
+    assert time.process_time() - began < 4
+    assert ids[:5] == ["7", "7-2", "7-3", "7-2-2", "7-4"] and len(set(ids)) == len(ids)
+
+
+def test_missing_keys_are_named(tmp_path):
+    """An error that does not say under which names a question or an answer is looked for."""
+    for row, keys in ((dict(text="q"), "problem"), (dict(question="q", gold="1"), "response")):
+        with pytest.raises(UserError, match=f"p.jsonl:1: no [^\\n]*{keys}"):
+            read_problems(write(tmp_path / "p.jsonl", row))
 
 
 def test_byte_order_mark(tmp_path):
@@ -199,6 +247,18 @@ def test_format_prompt_keeps_braces():
     assert prompt == r"{a} \frac{1}{question}"
     with pytest.raises(UserError, match="question"):
         data.format_prompt("Q: {}", "x")
+
+
+def test_control_characters_are_shown(capsys):
+    """A question that clears the terminal, or turns the rest of a line around."""
+    data.note.cache_clear()
+    assert data.printable("Tom é 日本🎉\n 3") == "Tom é 日本🎉\n 3"
+    assert data.printable("a\x1b[2J\r\tb\x00\x9b\u202e\u2028") == (
+        r"a\x1b[2J\r\tb\x00\x9b\u202e\u2028"
+    )
+    assert data.printable("\ud83c") == r"\ud83c", "half an emoji cannot be printed"
+    data.note("file\x1b[31m.jsonl")
+    assert capsys.readouterr().err == "note: file\\x1b[31m.jsonl\n"
 
 
 # --- Run folders ---
@@ -265,7 +325,7 @@ def test_only_rank_zero_writes(tmp_path, monkeypatch):
     data.append_rows(tmp_path / "rows.jsonl", [{"id": "a"}])
     data.write_rows(tmp_path / "rows.jsonl", [{"id": "a"}])
     data.write_json(tmp_path / "value.json", 1)
-    data.claim_folder(Settings(), tmp_path / "config.json")
+    data.claim_folder(Settings(), tmp_path / "config.json", {})
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "half.jsonl").write_text('{"id"')
     assert read_rows(tmp_path / "half.jsonl") == []
@@ -279,10 +339,11 @@ def test_only_rank_zero_writes(tmp_path, monkeypatch):
 class Settings:
     data: str = flag("arithmetic", "a task")
     batch_size: int = flag(4, "100% of the rows", group="training", least=1, most=8)
-    rate: float = flag(0.5, "a rate", least=0)
+    rate: float = flag(0.5, "a rate", least=0, stage="neg")
     lr: float | None = flag(None, "a preset", group="training")
     loss: str = flag("dpo", "a loss", group="run", choices={"dpo": 1, "awr": 2})
-    threads: int = flag(0, "threads", free=True)
+    threads: int = flag(0, "threads", stage="")
+    model: str = flag("", "a folder", stage="")
 
 
 def test_flags_from_a_dataclass(capsys):
@@ -293,7 +354,7 @@ def test_flags_from_a_dataclass(capsys):
         parse_flags(Settings, "What it does.", ["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "What it does." in text and "training: --batch-size int 100% of the rows [4]" in text
-    assert "--lr float a preset [arithmetic 0.001, jsonl 2e-05]" in text
+    assert "--lr float a preset [arithmetic 0.0005, jsonl 2e-05]" in text
     assert "run: --data str a task ['arithmetic'] --loss str" in text
     assert "--loss str a loss: dpo, awr ['dpo']" in text
 
@@ -320,32 +381,75 @@ def test_bad_flags(flags, words):
 
 def test_presets():
     """A flag of the user's overwritten; the learning rate of the toy on a pretrained model."""
-    assert data.apply_presets(Settings()).lr == 1e-3
+    assert data.apply_presets(Settings()).lr == 5e-4
     assert data.apply_presets(Settings(data="my.jsonl")).lr == 2e-5
     assert data.apply_presets(Settings(lr=0.0)).lr == 0.0
-    assert data.PRESETS["arithmetic"].keys() == data.PRESETS["jsonl"].keys()
+    world = {"spurious", "steps", "distractors"}
+    assert data.PRESETS["arithmetic"].keys() - world == data.PRESETS["jsonl"].keys()
+
+
+def test_a_model_brings_its_prompt_and_world(tmp_path, monkeypatch):
+    """A model tested with another prompt or budget, or in another world, than it was trained."""
+    monkeypatch.setattr(data, "POLICY_KEYS", ("lr",))
+    (tmp_path / data.POLICY_FILE).write_text('{"lr": 7.0, "batch_size": 5}')
+    assert data.apply_presets(Settings(model=str(tmp_path))).lr == 7.0
+    assert data.apply_presets(Settings(model=str(tmp_path), data="my.jsonl")).lr == 7.0
+    assert data.apply_presets(Settings(model=str(tmp_path), lr=3.0)).lr == 3.0
 
 
 def test_claim_refuses_another_configuration(tmp_path):
-    """A run that goes on in a folder whose rows another configuration or other problems made."""
+    """A run that goes on in a folder whose rows another configuration or other problems made; hours
+    of work refused for a flag of a stage of which nothing is there; a commit overwritten by a rerun
+    that made nothing."""
     path = tmp_path / "run" / "config.json"
     config = data.apply_presets(Settings())
-    data.claim_folder(config, path, data_hash="1")
+
+    def claim(config, made=("sft", "neg"), hash="1"):
+        names = dict(sft=["run/sft", "run/neg"], neg=["run/neg"])
+        in_the_way = {stage: names[stage] if stage in made else [] for stage in names}
+        data.claim_folder(config, path, in_the_way, data_hash=("sft", hash))
+
+    claim(config)
     stored = json.loads(path.read_text())
-    assert stored["lr"] == 1e-3 and stored["data_hash"] == "1" and stored["torch"]
+    assert stored["lr"] == 5e-4 and stored["data_hash"] == "1" and stored["torch"]
     assert {"commit", "device_name"} < stored.keys()
-    data.claim_folder(replace(config, threads=2), path, data_hash="1")
-    with pytest.raises(UserError, match="rate=0.5, not 0.25"):
-        data.claim_folder(replace(config, rate=0.25), path, data_hash="1")
+    claim(replace(config, threads=2))
+    with pytest.raises(UserError, match="rate=0.5, not 0.25; delete run/neg, or choose another"):
+        claim(replace(config, rate=0.25))
+    with pytest.raises(UserError, match="delete run/sft, run/neg, or choose another --out"):
+        claim(replace(config, lr=0.25))
     with pytest.raises(UserError, match="data_hash='1', not '2'"):
-        data.claim_folder(config, path, data_hash="2")
+        claim(config, hash="2")
+    claim(replace(config, rate=0.25), made=["sft"])
+    assert json.loads(path.read_text())["rate"] == 0.25, "nothing was there of its stage"
+    stored |= dict(commit="older", rate=0.5)
     for name in ("rate", "lr"):  # as if the run were older than these flags
         del stored[name]
     path.write_text(json.dumps(stored))
-    data.claim_folder(config, path, data_hash="1")
+    for _ in range(2):
+        claim(config)
+    again = json.loads(path.read_text())
+    assert again["commit"] == "older" and len(again["later"]) == 1
+    assert again["later"][0]["commit"] == data.provenance()["commit"]
     path.write_text("{")
     with pytest.raises(UserError, match="config.json: not JSON"):
-        data.claim_folder(config, path, data_hash="1")
+        claim(config)
+
+
+def test_hashes_see_every_byte(tmp_path):
+    """Other weights of the same size, whose middle nobody reads; a generation_config.json that
+    ends texts elsewhere."""
+    files = {"config.json": b"{}", "model.safetensors": bytes(5_000_000)}
+    files["generation_config.json"] = b"{}"
+    seen = set()
+    for name in (None, *files):
+        for other, content in files.items():
+            middle = len(content) // 2
+            changed = content[:middle] + b"!" + content[middle + 1 :]
+            (tmp_path / other).write_bytes(changed if other == name else content)
+        (tmp_path / "samples.jsonl").write_text(str(name))
+        seen.add(data.folder_hash(tmp_path))
+    assert len(seen) == 4
 
 
 def test_one_process_in_a_folder(tmp_path):
@@ -620,6 +724,123 @@ def test_a_beginning_of_text_is_told_once(tmp_path, capsys, sentencepiece, byte_
     assert sentencepiece.encode("<s>Tom")[0] == 1
 
 
+def begins_with_s(normalizer=None, pre_tokenizer=None, normalized=False):
+    """A tokenizer that writes <s> before each text, read from its file as any other."""
+    bpe = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    if normalizer is not None:
+        bpe.normalizer = normalizer
+    if pre_tokenizer is not None:
+        bpe.pre_tokenizer = pre_tokenizer
+    special = ["<unk>", "<s>", "</s>"]
+    alphabet = list("<>s/▁Ġ")
+    trainer = trainers.BpeTrainer(
+        vocab_size=200, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([data.DEFAULT_PROMPT] * 5, trainer)
+    template = ("<s> $A </s>", [("<s>", 1), ("</s>", 2)])
+    bpe.post_processor = processors.TemplateProcessing(template[0], special_tokens=template[1])
+    settings = json.loads(bpe.to_str())
+    for token in settings["added_tokens"]:
+        token["normalized"] = normalized
+    return tokenizers.Tokenizer.from_str(json.dumps(settings))
+
+
+LLAMA_2 = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+BEGINNERS = {
+    "Llama-2": dict(normalizer=LLAMA_2),
+    "Llama-2, normalized": dict(normalizer=LLAMA_2, normalized=True),
+    "a space before the first word": dict(pre_tokenizer=pre_tokenizers.Metaspace("▁", "first")),
+    "a space before every piece": dict(pre_tokenizer=pre_tokenizers.Metaspace("▁", "always")),
+    "no space before words": dict(pre_tokenizer=pre_tokenizers.Metaspace("▁", "never")),
+    "byte level": dict(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "byte level with a space": dict(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
+}
+
+
+@pytest.mark.parametrize("name", BEGINNERS)
+def test_the_advised_prompt_begins_as_texts_do(name, capsys):
+    """A prompt advised that holds other tokens: '▁<s>' in letters, or a first word without its
+    space. What the note says must encode to what the tokenizer itself makes of the prompt."""
+    data.note.cache_clear()
+    bpe = begins_with_s(**BEGINNERS[name])
+    data.note_beginning_of_text(bpe)
+    said = capsys.readouterr().err
+    assert "begins texts with <s>, prompts do so only by" in said
+    prompt = ast.literal_eval(said.split("--prompt $")[1])
+    tokenizer = data.Tokenizer(bpe, 2)
+    ids = tokenizer.encode_prompt(prompt, "Tom?")
+    assert ids[0] == 1
+    plain = data.format_prompt(data.DEFAULT_PROMPT, "Tom?")
+    assert ids == bpe.encode(plain).ids[:-1]
+    assert json.loads(tokenizer.files["tokenizer_config.json"])["eos_token"] == "</s>"
+
+
+def test_no_prompt_is_advised_where_none_helps(capsys):
+    """A beginning that is only in the template advised as the letters <, s and >."""
+    data.note.cache_clear()
+    settings = json.loads(begins_with_s().to_str())
+    settings["added_tokens"] = settings["added_tokens"][:1]
+    data.note_beginning_of_text(tokenizers.Tokenizer.from_str(json.dumps(settings)))
+    assert "begins texts with <s>, which no --prompt can write" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def chat(byte_level):
+    """With special tokens, an end of text that is not marked as special, and Qwen3's <think>,
+    which is none."""
+    bpe = tokenizers.Tokenizer.from_str(byte_level.tokenizer.to_str())
+    bpe.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    bpe.add_tokens(["<end>", "<think>"])
+    ends = [bpe.token_to_id(name) for name in ("<|im_end|>", "<end>", "<eos>")]
+    return data.Tokenizer(bpe, ends[0], ends)
+
+
+CHAT = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<end>", "<eos>", "<|im_start|>"])
+def test_special_tokens_of_others_are_letters(chat, end):
+    """A solution about <|im_end|> that ends its own training text; a question that ends its turn.
+    Special tokens of the prompt format stay, and so does what is a token but not special."""
+    special = chat.tokenizer.token_to_id(end)
+    text = f"Tom{end} has <think>3{end}"
+    assert chat.encode(text).count(special) == 2
+    ids = chat.encode(text, special=False)
+    assert special not in ids and chat.decode(ids) == text
+    assert ids.count(chat.tokenizer.token_to_id("<think>")) == 1
+    prompt = chat.encode_prompt(CHAT, text)
+    assert chat.decode(prompt) == CHAT.replace("{question}", text)
+    assert prompt == (
+        chat.encode("<|im_start|>user\n") + ids + chat.encode("<|im_end|>\n<|im_start|>assistant\n")
+    )
+    assert chat.tokenizer.encode(text).ids.count(special) == 2, "only that call reads plainly"
+
+
+def test_prompts_keep_their_tokens(chat, sentencepiece):
+    """A question apart from the words around it, so that every prompt has other tokens than before;
+    a format that names the question twice, or not at all."""
+    twice = "Tom {question} {question}s<|im_end|>"
+    for question in ("has 3 pens", " Tom", "<think>", "x < y | im_end", "{question}"):
+        for prompt_format in (CHAT, "{question}", "Tom{question}pens", twice):
+            for tokenizer in (chat, sentencepiece):
+                whole = tokenizer.encode(data.format_prompt(prompt_format, question))
+                assert tokenizer.encode_prompt(prompt_format, question) == whole
+    ids = chat.encode_prompt(twice, "a<eos>")
+    assert chat.decode(ids) == "Tom a<eos> a<eos>s<|im_end|>" and chat.stop_ids[2] not in ids
+    with pytest.raises(UserError, match="question"):
+        chat.encode_prompt("{}", "a<eos>")
+
+
+def test_a_failed_reading_changes_nothing():
+    """Special tokens that stay letters after an error."""
+    words = tokenizers.Tokenizer(models.WordLevel({"<eos>": 0, "Tom": 1}, unk_token="<unk>"))
+    words.add_special_tokens(["<eos>"])
+    tokenizer = data.Tokenizer(words, 0)
+    with pytest.raises(UserError, match="reading 'Ann'"):
+        tokenizer.encode("Ann", special=False)
+    assert words.encode("Tom<eos>").ids == [1, 0]
+
+
 @pytest.mark.parametrize(
     "config, generation, own, expected",
     [
@@ -644,27 +865,41 @@ def test_ends_of_text(tmp_path, sentencepiece, config, generation, own, expected
 
 
 def test_save_keeps_all_files(tmp_path, byte_level):
-    """A trained chat model without its template, or one that vLLM no longer stops."""
+    """A trained chat model without its template, one that vLLM no longer stops, or one that
+    llama.cpp's converter cannot read: what tells of the tokenizer travels byte for byte."""
     source = tmp_path / "source"
     byte_level.save(source)
     truncated = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
     truncated.enable_truncation(5)
     truncated.save(str(source / "tokenizer.json"))
-    texts = {
-        "tokenizer.json": (source / "tokenizer.json").read_text(),
-        "tokenizer_config.json": '{"eos_token": "<eos>",\n "model_max_length": 7}',
-        "generation_config.json": '{"eos_token_id": [0]}',
-        "special_tokens_map.json": "{}",
-        "added_tokens.json": "{}",
-        "chat_template.jinja": "{{ 'é' }}\n",
+    files = {
+        "tokenizer.json": (source / "tokenizer.json").read_bytes(),
+        "tokenizer_config.json": b'{"eos_token": "<eos>",\r\n "model_max_length": 7}',
+        "generation_config.json": b'{"eos_token_id": [0]}',
+        "special_tokens_map.json": b"\xef\xbb\xbf{}",
+        "added_tokens.json": b"{}",
+        "chat_template.jinja": "{{ 'é' }}\n".encode(),
+        "chat_template.json": b"{}",
+        "additional_chat_templates/tool_use.jinja": b"{{ tools }}\r\n",
+        "tokenizer.model": b"\n\x07\n\x05<unk>\xff\x00",
+        "sentencepiece.bpe.model": b"\xfe",
+        "vocab.json": b'{"a": 0}',
+        "vocab.txt": b"a\r\n",
+        "merges.txt": b"#version: 0.2\na b\n",
     }
-    for name, text in texts.items():
-        (source / name).write_text(text, encoding="utf-8")
+    for name, content in files.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(content)
+    for name in ("config.json", "model.safetensors", "README.md", "samples.jsonl"):
+        (source / name).write_text("{}")  # not of the tokenizer
+    (source / "tokenizer").mkdir()
     tokenizer = data.Tokenizer.from_pretrained(source)
     assert len(tokenizer.encode("Tom has 3 pens. " * 9)) > 5
-    tokenizer.save(tmp_path / "copy")
-    copied = {path.name: path.read_text("utf-8") for path in (tmp_path / "copy").iterdir()}
-    assert copied == texts
+    copy = tmp_path / "new" / "copy"
+    tokenizer.save(copy)
+    copied = [path for path in copy.rglob("*") if path.is_file()]
+    assert {str(path.relative_to(copy)): path.read_bytes() for path in copied} == files
+    data.Tokenizer.from_pretrained(copy).save(copy)  # and on to the next model
 
 
 @pytest.mark.parametrize(
@@ -674,6 +909,8 @@ def test_save_keeps_all_files(tmp_path, byte_level):
         ("tokenizer.json", None),
         ("config.json", "{"),
         ("config.json", "[]"),
+        ("config.json", "[" * 200_000),
+        ("tokenizer.json", "[" * 200_000),
         ("tokenizer_config.json", "{}"),
     ],
 )
@@ -702,3 +939,54 @@ def test_a_token_that_the_model_lacks(byte_level):
     tokenizer.vocab_size = largest
     with pytest.raises(UserError, match=f"token {largest}"):
         tokenizer.encode("Tom")
+
+
+# --- what a step is not ---
+
+
+def pieces(text, style="lines"):
+    letters = data.step_letters(text, style)
+    return [text[i:j].strip() for i, j in itertools.pairwise([*letters, len(text)])]
+
+
+@pytest.mark.parametrize("style", data.STEP_STARTS)
+@pytest.mark.parametrize(
+    "display",
+    [
+        "\\[\n9 \\times 2 = 18\n\\]",
+        "$$\n9 \\times 2\n\n= 18\n$$",
+        "\\begin{align}\nx &= 1\n\\begin{cases}\na\n\\end{cases}\n\n= 18\n\\end{align}",
+        "```\nx = 9\n\nprint(x)\n```",
+        "Total\n---\n",
+    ],
+)
+def test_no_step_ends_inside_a_display(style, display):
+    """Of a display of three lines each a step, of which two hold no letter or digit."""
+    text = f"First we add the numbers that it has.\n\n{display}\n\nSo it is 18.\n\n#### 18"
+    found = pieces(text, style)
+    assert all(re.search(r"[^\W_]", piece) for piece in found)
+    assert display.strip() in found or style == "math" or "---" in display
+    assert found[-1] == "#### 18" and len(found) <= 4
+
+
+def test_a_display_that_is_not_closed():
+    """All that follows one step, because a display was cut off or its sign meant something else."""
+    assert pieces("a = 1\n\\[\nb = 2\nc = 3\n#### 3") == ["a = 1", "\\[\nb = 2", "c = 3", "#### 3"]
+
+
+def test_a_numbered_list_of_facts():
+    """Two numbered facts that switch off all other boundaries."""
+    facts = "1. Monday: 5\n2. Tuesday: 6\n"
+    for gap in ("", "\n"):
+        text = f"{facts}{gap}5 + 6 = 11\n{gap}11 * 2 = 22\n{gap}#### 22"
+        want = ["1. Monday: 5", "2. Tuesday: 6", "5 + 6 = 11", "11 * 2 = 22", "#### 22"]
+        assert pieces(text) == pieces(text, "lines") == want
+    steps = ["Step 1: add\n3 + 4 = 7\nso 7", "Step 2: take\n7 - 2 = 5", "#### 5"]
+    assert pieces("\n\n".join(steps)) == pieces("\n\n".join(steps), "math") == steps
+
+
+def test_a_paragraph_is_cut_at_its_sentences():
+    """A solution in one paragraph is one step, and neg trains on whole responses without a word."""
+    text = "Mr. Lee has 3.5 kg. He buys 2 kg more! Is it 5.5? $5.5$ kg it is. The answer is 5.5."
+    assert [piece[:3] for piece in pieces(text)] == ["Mr.", "He ", "Is ", "$5.", "The"]
+    assert len(pieces(text + "\nThat is all.")) == 2, "lines where there are lines"
