@@ -1376,6 +1376,9 @@ def token_text(tokenizer: tokenizers.Tokenizer, token_id: int) -> str:
 
 
 # --- The built-in task: arithmetic in which the truth of every step is known ---------------------
+# A problem has a start and some events, of which some change the total and some do not. A simulated
+# teacher solves it one event a line, with a spurious step here and there. judge_steps compares any
+# solution with the events; nothing but reports may use what it says.
 
 NAMES = "Mia Ben Ava Leo Zoe Max Eva Sam Ida Tom Amy Jon Lia Kai Uma Roy".split()
 THINGS = """shells coins pens stamps cards books beads eggs nuts caps keys rings toys maps bags
@@ -1386,17 +1389,17 @@ LOSE = """lost sold gave used ate dropped donated lent broke spent traded mailed
     wasted returned""".split()
 KEEP = """saw counted wanted painted washed drew liked sorted cleaned named photographed admired
     hid described weighed dusted""".split()
-VERBS = {1: GAIN, -1: LOSE, 0: KEEP}  # what they do to the total; rare ones last
-LARGEST = 30  # no total is larger
+VERBS = {1: GAIN, -1: LOSE, 0: KEEP}  # by what they do to the total; the rare ones last
+LARGEST = 99  # totals are 0 .. 99
 OPERANDS = 9  # the numbers of events are 1 .. 9
-ZIPF = 1.2
+ZIPF = 1.2  # the i-th word of a list is drawn with probability ~ i^-ZIPF
 SPLITS = ("train", "val", "test")  # of the problems
 SLIPS = 0.1  # share of the spurious steps that are slips in a sum
 
 
 def zipf(rng: random.Random, items):
-    """One of `items`, the i-th with probability ~ i^-ZIPF: rare words, as in language."""
-    weights = heavy_tail(len(items))  # rng.choices would take twice as long
+    """One of `items`, the first most often: as in language, most words are rare."""
+    weights = heavy_tail(len(items))  # rng.choices would add them up at each call
     return items[bisect_right(weights, rng.random() * weights[-1], 0, len(items) - 1)]
 
 
@@ -1406,23 +1409,28 @@ def heavy_tail(n: int) -> list[float]:
 
 
 def split_of(question: str) -> str:
-    """train, val or test: a question belongs to one of them whatever the seed, by its checksum."""
+    """train, val or test, by a checksum: whatever the seed, no question is in two of them."""
     return {8: "val", 9: "test"}.get(zlib.crc32(question.encode()) % 10, "train")
 
 
 def arithmetic_problem(rng, split: str, steps: int, distractors: int) -> Problem:
-    """'Mia had 5 cups, found 7, saw 4, lost 2. How many now?': `steps` of the events change the
-    total, and can be added in any order; `distractors` do not. `solution` is left empty."""
-    for _ in range(100_000):  # some hundred are usual: numbers repeat
+    """'Mia had 5 cups, found 7, saw 4, lost 2. How many now?', without a solution.
+
+    `steps` of the events change the total, in any order, and `distractors` do not.
+    """
+    if steps + distractors > OPERANDS:
+        raise UserError(
+            f"{steps} steps and {distractors} distractors: at most {OPERANDS} together, because "
+            "their numbers all differ"
+        )
+    while True:  # one question in ten is of the split test, so about twelve times for that
         start = rng.randint(0, LARGEST)
         signs = [rng.choice((-1, 1)) for _ in range(steps)] + [0] * distractors
-        events = [(sign, zipf(rng, range(1, OPERANDS + 1))) for sign in signs]
+        events = list(zip(signs, different_numbers(rng, len(signs)), strict=True))
         lowest = start - sum(n for sign, n in events if sign < 0)
         highest = start + sum(n for sign, n in events if sign > 0)
         if lowest < 0 or highest > LARGEST:
-            continue  # every order of the steps must stay in range
-        if len({n for _, n in events}) < len(events):
-            continue  # a number must name its event
+            continue  # some order of the steps would leave the range
         rng.shuffle(events)
         told = ", ".join(f"{zipf(rng, VERBS[sign])} {n}" for sign, n in events)
         thing = zipf(rng, THINGS)
@@ -1430,14 +1438,24 @@ def arithmetic_problem(rng, split: str, steps: int, distractors: int) -> Problem
         if split_of(question) == split:
             total = start + sum(sign * n for sign, n in events)
             return Problem("", question, "", str(total), meta=dict(start=start, events=events))
-    raise UserError(f"no {split} problem has {steps} steps and {distractors} distractors")
+
+
+def different_numbers(rng, count: int) -> list[int]:
+    """The numbers of `count` events. All differ, so that a number tells which event is meant."""
+    numbers = []
+    while len(numbers) < count:
+        n = zipf(rng, range(1, OPERANDS + 1))
+        if n not in numbers:
+            numbers.append(n)
+    rng.shuffle(numbers)  # the rare ones were drawn last
+    return numbers
 
 
 def arithmetic_teacher(rng, problem: Problem, spurious: float) -> str:
-    """A right solution by the simulated teacher: the events in random order.
+    """A right solution: the events in random order, a step for each.
 
-    Before each step, with probability `spurious`, stands one beside the point: a distractor is
-    added or taken away, or now and then the sum is wrong. The steps after it ignore it.
+    With probability `spurious` the teacher writes a spurious step before a step, and then goes on
+    as if it had not.
     """
     total = problem.meta["start"]
     events = [event for event in problem.meta["events"] if event[0]]
@@ -1453,7 +1471,7 @@ def arithmetic_teacher(rng, problem: Problem, spurious: float) -> str:
 
 
 def spurious_step(rng, total: int, sign: int, n: int, distractors: list[int]) -> str:
-    """A step that the solution does not need: of a distractor, or a wrong sum of this event."""
+    """A distractor added or taken away; in a tenth of the cases the next step with a wrong sum."""
     other = rng.choice((-1, 1))
     if distractors and rng.random() >= SLIPS:
         m = rng.choice(distractors)
@@ -1471,9 +1489,9 @@ def step_text(total: int, sign: int, n: int, result: int) -> str:
 
 
 def judge_steps(problem: Problem, text: str) -> list[str]:
-    """The truth of each step (of split_steps) of a solution to a problem of the built-in task:
+    """The truth of each step of a solution, as split_steps cuts it:
 
-    good        an event, or the final answer
+    good        an event that was still to come, or the right answer
     irrelevant  a distractor is added or taken away
     slip        the sum is wrong
     wrong       an event twice, with the wrong sign or from a wrong total; a wrong answer; no step
@@ -1505,6 +1523,14 @@ def judge_steps(problem: Problem, text: str) -> list[str]:
             label = "wrong"
         labels.append(label)
     return labels
+
+
+def is_lucky(problem: Problem, text: str) -> bool:
+    """Whether a right solution holds a step that is a slip or wrong: another one made up for it.
+
+    What imitates such solutions learns wrong steps. Irrelevant ones are counted apart.
+    """
+    return any(label in ("slip", "wrong") for label in judge_steps(problem, text))
 
 
 def load_problems(data, split="train", limit=0, seed=0, spurious=0.2, steps=4, distractors=2):

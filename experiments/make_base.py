@@ -1,10 +1,10 @@
 """Make experiments/base: the small model that the built-in task starts from, and its tokenizer.
 
-    python experiments/make_base.py --out runs/base        # about four minutes on two cores
+    python experiments/make_base.py --out runs/base        # about 25 minutes on one core
 
-It learns from correct solutions of problems shorter than the task's: one to three numbers that
-count, where the task has four. So it knows the words and the sums, but not yet the task. The model
-is then in runs/base/model; experiments/base is a copy of it.
+It learns from clean solutions of problems with one to three steps, where the task has four. So it
+knows the words and the sums, but not yet the task. The model is then in runs/base/model, and
+experiments/base is a copy of it.
 """
 
 import sys
@@ -25,8 +25,8 @@ from train import TrainFlags, fit, nll, resolve
 @dataclass
 class BaseFlags:
     out: str = flag("runs/base", "folder for metrics.csv and the model", group="run")
-    problems: int = flag(130_000, "training problems of all sizes; fewer are a quick test", least=9)
-    threads: int = flag(2, "CPU threads", least=1)
+    problems: int = flag(400_000, "training problems; fewer are a quick test", least=12)
+    threads: int = flag(1, "CPU threads; more gain little", least=1)
 
 
 def builtin_tokenizer():
@@ -55,13 +55,13 @@ def builtin_tokenizer():
 
 
 def small_llama(tokenizer):
-    """A Llama of 156,000 random weights."""
+    """A Llama of 813,000 random weights."""
     hf = dict(
         model_type="llama",
         vocab_size=tokenizer.vocab_size,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=3,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
@@ -75,14 +75,15 @@ def main():
     flags = parse_flags(BaseFlags, __doc__)
     torch.manual_seed(0)
     torch.set_num_threads(flags.threads)
-    c = resolve(TrainFlags(out=flags.out, batch=64, lr=3e-3))
+    # small micro-batches, as each holds problems of nearly one length
+    c = resolve(TrainFlags(out=flags.out, batch=64, lr=2e-3, micro_tokens=1024))
     tokenizer = builtin_tokenizer()
     policy = Policy(small_llama(tokenizer), tokenizer, c.prompt)
     problems = []
     for steps in (1, 2, 3):
-        for distractors in (0, 1, 2):
+        for distractors in (0, 1, 2, 3):
             world = dict(spurious=0.0, steps=steps, distractors=distractors)
-            problems += load_problems("arithmetic", "train", flags.problems // 9, 1000, **world)
+            problems += load_problems("arithmetic", "train", flags.problems // 12, 1000, **world)
     examples = [Example(p.id, policy.prompt(p), policy.solution(p)) for p in problems]
     fit(policy, examples, nll, c, "model", epochs=1.0, lr=c.lr)
 

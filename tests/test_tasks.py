@@ -49,11 +49,10 @@ def test_problems_are_a_function_of_the_seed():
 def test_the_first_problem():
     """Another world under the same seed: the base model and all published results are of this."""
     problem = load_problems("arithmetic", "train", 1)[0]
-    assert (
-        problem.question
-        == "Mia had 3 shells, hid 3, found 1, saw 5, borrowed 7, picked 4, made 9. How many now?"
-    )
-    assert problem.solution == "3 + 4 = 7\n7 + 1 = 8\n8 + 5 = 13\n8 + 9 = 17\n17 + 7 = 24\n#### 24"
+    told = "bought 4, found 3, borrowed 1, lost 9, saw 5, washed 2"
+    assert problem.question == f"Mia had 14 shells, {told}. How many now?"
+    steps = ["14 + 4 = 18", "18 - 9 = 9", "9 + 1 = 10", "10 - 2 = 8", "10 + 3 = 13", "#### 13"]
+    assert problem.solution == "\n".join(steps)
 
 
 @pytest.mark.parametrize("spurious", [0.0, 0.2, 0.5, 1.0])
@@ -83,7 +82,7 @@ def test_labels_of_the_teacher():
     assert 0.16 < np.mean(spurious) / 4 < 0.24, "--spurious is the chance before each step"
 
 
-@pytest.mark.parametrize("steps, distractors", [(4, 2), (1, 0), (3, 1), (5, 2)])
+@pytest.mark.parametrize("steps, distractors", [(4, 2), (1, 0), (3, 1), (6, 2)])
 def test_every_order_stays_in_range(steps, distractors):
     """An order of the steps that leaves the tokenizer's numbers; a number that names two events."""
     for problem in load_problems("arithmetic", "train", 40, 1, 0.0, steps, distractors):
@@ -104,6 +103,7 @@ def test_every_order_stays_in_range(steps, distractors):
 
 def test_impossible_problems():
     """A search that never ends; problems that are made until memory is full."""
+    assert len(load_problems("arithmetic", "test", 20, steps=6, distractors=3)) == 20
     with pytest.raises(UserError, match="7 steps"):
         load_problems("arithmetic", "train", 1, steps=7, distractors=3)
     with pytest.raises(UserError, match="limit"):
@@ -132,6 +132,31 @@ def test_judge_by_hand(text, labels):
     problem = data.Problem("p", "?", "", "9", meta=dict(start=3, events=events))
     assert judge_steps(problem, text) == labels.split()
     assert len(split_steps(TOKENIZER.encode(text), TOKENIZER)) == len(labels.split())
+
+
+def test_luck():
+    """Errors that cancel and pass for good positives; a harmless detour that counts as luck."""
+    events = [(1, 4), (0, 5), (1, 2)]
+    problem = data.Problem("p", "?", "", "9", meta=dict(start=3, events=events))
+    lucky = {
+        "3 + 4 = 7\n7 + 2 = 9\n#### 9": False,
+        "3 + 5 = 8\n3 + 4 = 7\n7 + 2 = 9\n#### 9": False,  # irrelevant
+        "3 + 4 = 8\n3 + 4 = 7\n7 + 2 = 9\n#### 9": True,  # a slip, then put right
+        "3 + 4 = 8\n8 + 2 = 9\n#### 9": True,  # two that cancel
+        "3 + 2 = 5\n5 + 4 = 9\n9 + 0 = 9\n#### 9": True,  # nothing of this kind happened
+    }
+    for text, expected in lucky.items():
+        assert is_correct(text, problem.answer) and data.is_lucky(problem, text) == expected
+
+
+def test_numbers_have_no_place():
+    """Distractors that are larger than what counts, or large numbers told last: a policy could tell
+    them without reading the verbs."""
+    problems = load_problems("arithmetic", "train", 2000)
+    numbers = np.array([[n for _, n in p.meta["events"]] for p in problems])
+    counts = np.array([[sign != 0 for sign, _ in p.meta["events"]] for p in problems])
+    assert abs(numbers[counts].mean() - numbers[~counts].mean()) < 0.15
+    assert np.ptp(numbers.mean(0)) < 0.3
 
 
 def test_steps_and_labels_agree():
