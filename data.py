@@ -321,11 +321,16 @@ def read_json(path) -> dict:
 # Defaults that depend on the task: a small model learns the built-in one, a pretrained model is
 # fine-tuned on a JSONL file.
 BASE = Path(__file__).parent / "experiments" / "base"  # where the built-in task starts
+POLICY_FILE = "policy.json"  # of a trained model: what it was trained with
+POLICY_KEYS = ("prompt", "max_new_tokens", "temperature", "spurious", "steps", "distractors")
 PRESETS = {
     "arithmetic": dict(
         model=str(BASE),
         prompt="{question}\n",
-        limit=800,
+        spurious=0.2,
+        steps=4,
+        distractors=2,
+        limit=200,
         test_limit=1000,
         max_new_tokens=64,
         samples=16,
@@ -333,11 +338,13 @@ PRESETS = {
         negatives=4,
         rollouts=8,
         batch=32,
-        lr=1e-3,
-        neg_lr=5e-5,
-        sft_epochs=5.0,
-        generator_epochs=5.0,
-        pos_epochs=8.0,
+        lr=5e-4,
+        again_lr=1e-4,
+        neg_lr=3e-5,
+        sft_epochs=7.0,
+        generator_epochs=7.0,
+        pos_epochs=7.0,
+        again_epochs=2.0,
         neg_epochs=3.0,
         eval_samples=8,
         held_out=200,
@@ -354,10 +361,12 @@ PRESETS = {
         rollouts=5,
         batch=32,
         lr=2e-5,
+        again_lr=4e-6,
         neg_lr=1e-6,
         sft_epochs=3.0,
         generator_epochs=2.0,
         pos_epochs=3.0,
+        again_epochs=2.0,
         neg_epochs=1.0,
         eval_samples=0,
         held_out=50,
@@ -365,15 +374,16 @@ PRESETS = {
 }
 
 
-def flag(default, help, *, group="", least=None, most=None, choices=None, free=False):
+def flag(default, help, *, group="", least=None, most=None, choices=None, stage="sft"):
     """A field of a configuration, and its flag: `beta: float = flag(0.3, "of Eq. 1", least=0)`.
 
-    default: None stands for the value in PRESETS; the field is then annotated `int | None`.
-    group: the heading in --help from this flag on. least, most: the range, both included.
-    free: whether it may change when a run is continued, as it changes no result.
+    default: None stands for the model's own value or the one in PRESETS; the field is then
+    annotated `int | None`. group: the heading in --help from this flag on. least, most: the range,
+    both included. stage: the first stage of a run whose results it decides, see claim_folder; ""
+    for a flag that may always change.
     """
     metadata = dict(help=help, group=group, least=least, most=most)
-    metadata |= dict(choices=choices and list(choices), free=free)
+    metadata |= dict(choices=choices and list(choices), stage=stage)
     return field(default=default, metadata=metadata)
 
 
@@ -422,9 +432,9 @@ def flag_help(item) -> str:
     if item.metadata["choices"]:
         text += ": " + ", ".join(item.metadata["choices"])
     default = repr(item.default)
-    if item.name in PRESETS["jsonl"] and item.default is None:
-        presets = [f"{task} {PRESETS[task][item.name]!r}" for task in PRESETS]
-        default = ", ".join(presets)
+    if item.default is None:
+        tasks = [task for task in PRESETS if item.name in PRESETS[task]]
+        default = ", ".join(f"{task} {PRESETS[task][item.name]!r}" for task in tasks)
     return f"{text} [{default}]".replace("%", "%%")
 
 
@@ -435,29 +445,40 @@ def check_ranges(config):
         value = values[item.name]
         least = item.metadata["least"]
         most = item.metadata["most"]
-        if value is None:
+        if value is None or least is None:
             continue
-        if least is not None and not value >= least:  # NaN is not >= anything
+        if isinstance(value, str):
+            raise UserError(f"{flag_name(item)} {value!r} is no number")
+        if not value >= least:  # NaN is not >= anything
             raise UserError(f"{flag_name(item)} {value} is less than {least}")
         if most is not None and not value <= most:
             raise UserError(f"{flag_name(item)} {value} is more than {most}")
 
 
 def default_values(config) -> dict:
-    """What each field is when its flag is not given, for the data of this configuration."""
-    task = "arithmetic" if asdict(config).get("data") == "arithmetic" else "jsonl"
+    """What each field is when its flag is not given: what the model was trained with, as its folder
+    says, else the default of the task."""
+    given = asdict(config)
+    task = "arithmetic" if given.get("data") == "arithmetic" else "jsonl"
+    presets = PRESETS[task]
+    model = given.get("model") or presets["model"]
+    if model:
+        known = read_json(Path(model) / POLICY_FILE)
+        presets = presets | {name: known[name] for name in POLICY_KEYS if name in known}
     defaults = {item.name: item.default for item in fields(config)}
     for name, value in defaults.items():
         if value is None:
-            defaults[name] = PRESETS[task].get(name)
+            defaults[name] = presets.get(name)
     return defaults
 
 
 def apply_presets(config):
-    """The configuration with the fields that are None taken from PRESETS."""
+    """The configuration with the fields that are None filled in."""
     defaults = default_values(config)
     missing = [name for name, value in asdict(config).items() if value is None]
-    return replace(config, **{name: defaults[name] for name in missing})
+    config = replace(config, **{name: defaults[name] for name in missing})
+    check_ranges(config)
+    return config
 
 
 LOCKS = {}  # {folder: its lock}, held until this process ends, however it ends
@@ -474,29 +495,45 @@ def lock_folder(folder):
             lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"{folder}: another process is working in this folder") from None
+        except OSError as error:
+            if error.filename:  # the file cannot be made; if it cannot be locked, none is named
+                raise
+            note(f"{folder}: {error.strerror}; this disk does not keep a second process out")
         LOCKS[folder] = lock
 
 
 @rank_zero_only
-def claim_folder(config, path, **contents):
+def claim_folder(config, path, in_the_way, **contents):
     """Lock the folder of `path`, and write there, as JSON, how its results are made.
 
-    contents: hashes of what the configuration only names, data_hash=content_hash(problems). A
-    folder begun with other contents or flags is refused, except for flags that are free to change.
-    A flag that the stored file lacks counts as its default: a run may be older than a flag. The
-    other processes of torchrun have to wait for this one (a barrier after the call).
+    in_the_way: {stage: paths of what was made with its flags}. A flag (see `flag` for its stage) is
+    refused another value as long as there are any. contents: {name: (stage, hash)} of what the
+    flags only name. A flag that the stored file lacks counts as its default: a run may be older
+    than a flag. The commit and device that began the run stay; later ones are added.
     """
     path = Path(path)
     lock_folder(path.parent)
-    values = asdict(config)
-    if path.exists():
-        stored = default_values(config) | read_json(path)
-        free = [item.name for item in fields(config) if item.metadata["free"]]
-        for name, value in (values | contents).items():
-            if name not in free and stored.get(name) != value:
-                begun = f"{name}={stored.get(name)!r}, not {value!r}"
-                raise UserError(f"{path}: this run was begun with {begun}; choose another --out")
-    write_json(path, values | contents | provenance())
+    stored = read_json(path)
+    values = asdict(config) | {name: value for name, (_, value) in contents.items()}
+    here = provenance() | dict(device=values.get("device"))
+    if not stored:
+        write_json(path, values | here)
+        return
+    stages = {item.name: item.metadata["stage"] for item in fields(config)}
+    stages |= {name: stage for name, (stage, _) in contents.items()}
+    begun = default_values(config) | stored
+    for name, value in values.items():
+        files = in_the_way.get(stages[name])
+        if files and begun.get(name) != value:
+            raise UserError(
+                f"{path}: this run was begun with {name}={begun.get(name)!r}, not {value!r}; "
+                f"delete {', '.join(map(str, files))}, or choose another --out"
+            )
+    first = {key: stored.get(key) for key in here}
+    later = stored.get("later", [])
+    if here not in [first, *later]:
+        later = [*later, here]
+    write_json(path, values | first | dict(later=later))
 
 
 def provenance() -> dict:
@@ -519,22 +556,18 @@ def content_hash(problems: list[Problem]) -> str:
 
 
 def folder_hash(folder) -> str:
-    """A checksum of a model folder that takes no time: config.json and tokenizer.json are read
-    whole, but of the weights only the sizes, the first and the last megabyte."""
-    megabyte = 2**20
-    folder = Path(folder)
-    digest = hashlib.blake2b(digest_size=8)
-    for name in ("config.json", "tokenizer.json"):
-        if (folder / name).exists():
-            digest.update((folder / name).read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(megabyte))
-            file.seek(max(0, size - megabyte))
-            digest.update(file.read(megabyte))
-    return digest.hexdigest()
+    """A checksum of a model folder: of its JSON files and all of its weights."""
+    paths = [*Path(folder).glob("*.json"), *Path(folder).rglob("*.safetensors")]
+    hashes = [f"{path.name} {file_hash(path)}" for path in sorted(paths)]
+    return hashlib.blake2b("\n".join(hashes).encode(), digest_size=8).hexdigest()
+
+
+def file_hash(path) -> str:
+    """A checksum of a file; "" for no path."""
+    if not path:
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:16]
 
 
 # --- Steps ---------------------------------------------------------------------------------------

@@ -13,23 +13,28 @@ policies are compared problem by problem on the same problems, not by two interv
     pass@k     1 - C(n-c, k) / C(n, k) for c correct of n samples: unbiased (Chen et al. 2021)
     maj@k      the most frequent answer of the first k is correct; the earliest wins a tie
     p          McNemar's exact test on the problems that just one of two policies gets right
+
+A model is prompted as it was trained, and each has a folder of its own under --out, so more samples
+or problems go on from what is there.
 """
 
 import csv
+import hashlib
+import json
 import math
-import re
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import SPLITS, UserError, answers_equal, apply_presets, claim_folder, content_hash
-from data import extract_answer, flag, folder_hash, judge_steps, load_problems, parse_flags
+from data import SPLITS, UserError, answers_equal, apply_presets, claim_folder
+from data import stated_answer, flag, folder_hash, judge_steps, parse_flags, printable
 from data import read_json, read_rows, write_json
-from rollout import PolicyFlags, best_of, first_pits, load_policy, make_pairs, pair_row
-from rollout import run_program, sample, solutions_to_value
+from model import token_logps
+from rollout import PolicyFlags, best_of, how_prompted, load_policy, make_pairs, pair_row, read_data
+from rollout import run_program, sample, solutions_to_value, value_steps, world_flags
 
 # ---------------------------------------------------------------- statistics
 
@@ -51,18 +56,21 @@ def pass_at_k(n, c, k):
 
 
 def majority_correct(samples, k):
-    """Whether the most frequent answer of the first k samples is correct."""
+    """Whether the most frequent answer of the first k samples is correct. Samples that did not end
+    have no vote."""
     groups = []  # [answer, votes, correct]; one answer may be written in several ways
     for s in samples[:k]:
-        answer = extract_answer(s["text"])
+        answer = stated_answer(s["text"])
+        if not s["ended"] or not (answer or s["correct"]):
+            continue
         for group in groups:
-            if answer and group[0] and answers_equal(group[0], answer):
+            same = s["correct"] or answers_equal(group[0], answer)  # right ones are one group
+            if s["correct"] == group[2] and same:
                 group[1] += 1
                 break
         else:
             groups.append([answer, 1, s["correct"]])
-    answered = [group for group in groups if group[0]]
-    return bool(answered) and max(answered, key=lambda group: group[1])[2]
+    return bool(groups) and max(groups, key=lambda group: group[1])[2]
 
 
 def mcnemar(a, b):
@@ -75,15 +83,24 @@ def mcnemar(a, b):
     return min(1.0, 2 * tail)
 
 
-def compare(a, b, seed=0, resamples=2000):
-    """Accuracy of b minus that of a on the same problems, its 95% bootstrap interval over problems,
-    and McNemar's p."""
-    difference = np.asarray(b, float) - np.asarray(a, float)
-    rng = np.random.default_rng(seed)
-    means = rng.choice(difference, (resamples, len(difference))).mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
+def compare(a, b, z=1.96):
+    """Accuracy of b minus that of a on the same problems, with its 95% interval and McNemar's p.
+
+    The interval is that of Agresti and Min (2005): Wald's, with half a problem more of each of the
+    four kinds, so it has a width where the two agree on all problems.
+    """
+    a = np.asarray(a, bool)
+    b = np.asarray(b, bool)
+    n = len(a) + 2
+    gained = np.sum(b & ~a) + 0.5
+    lost = np.sum(a & ~b) + 0.5
+    centre = (gained - lost) / n
+    half = z * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
     return dict(
-        difference=float(difference.mean()), low=float(low), high=float(high), p=mcnemar(a, b)
+        difference=float(b.mean() - a.mean()),
+        low=float(centre - half),
+        high=float(centre + half),
+        p=mcnemar(a, b),
     )
 
 
@@ -158,58 +175,67 @@ def table(results):
     return "\n".join(lines)
 
 
-MOVED = ("margin", "chosen", "rejected")  # columns of metrics.csv
+TREND = ("margin", "chosen", "rejected")  # columns of metrics.csv
 
 
-def movement(path, stage):
+def pair_trend(path, stage):
     """How training moved the pairs of a stage of metrics.csv: {"margin": [first, last], "chosen":
     ..., "rejected": ...}, means of the first and the last tenth of its steps; {} without pairs."""
     with open(path, newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["stage"] == stage and row["margin"]]
     few = max(1, len(rows) // 10)
-    moved = {}
-    for name in MOVED if rows else ():
+    trend = {}
+    for name in TREND if rows else ():
         values = [float(row[name]) for row in rows]
-        moved[name] = [float(np.mean(values[:few])), float(np.mean(values[-few:]))]
-    return moved
+        trend[name] = [float(np.mean(values[:few])), float(np.mean(values[-few:]))]
+    return trend
 
 
-def remarks(results):
-    """Lines on what Eq. 1 did: how its pairs moved, and a warning where the policy got worse on
-    training problems that were held out."""
-    lines = []
+def report(results):
+    """The table, and lines below it: on how many problems, what share of the responses did not
+    end, how Eq. 1 moved its pairs, and where a policy got worse than the one that it started from
+    on training problems that were held out."""
+    first = next(iter(results.values()))
+    lines = [table(results), f"on {first['problems']} problems"]
     for name, result in results.items():
+        if result["ended"] < 1:
+            lines.append(
+                f"{name}: {1 - result['ended']:.1%} of the responses did not end within the budget "
+                "and count as wrong"
+            )
         if "margin" in result:
-            moved = [f"{key} {result[key][0]:.2f} to {result[key][1]:.2f}" for key in MOVED]
+            moved = [f"{key} {result[key][0]:.2f} to {result[key][1]:.2f}" for key in TREND]
             lines.append(
                 f"{name}: {', '.join(moved)}, from the first tenth of its steps to the last"
             )
-        if not name.startswith("neg") or "held_out" not in result:
-            continue
-        share = result["held_out"]
-        share_of_pos = results["pos"]["held_out"]
-        if share < share_of_pos:
+        start = results.get("pos", {})
+        if name.startswith("neg") and result.get("held_out", 1) < start.get("held_out", 0):
             lines.append(
-                f"{name} is worse than pos on held-out training problems ({share:.1%} against "
-                f"{share_of_pos:.1%}): a lower --neg-lr, fewer --neg-epochs or --nll 0.2 may help"
+                f"{name} is worse than pos on held-out training problems ({result['held_out']:.1%} "
+                f"against {start['held_out']:.1%}): delete its folder and try a lower --neg-lr, "
+                "fewer --neg-epochs or --nll 0.2"
             )
-    return lines
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- values of steps
 
 
-def pit_report(problems, solutions, k):
-    """How reliable are the detected pits? One line.
-
-    On the built-in task they are compared with the truth. Elsewhere: with success rate q, k
-    failures in a row happen by chance with probability (1 - q)^k. We take q from the step before
-    the pit, as if the pit had done no harm, so this bounds what chance alone explains.
-    """
+def pit_report(problems, solutions, again):
+    """A line about the first pits: how many steps a solution has, how many
+    pits keep Q = 0 when they are asked `again` (rows of ask_pits_again), and on the built-in task,
+    where the truth of each step is known, how many are bad steps."""
     wrong = [s for s in solutions if not s.correct]
     line = f"{len(wrong)} wrong solutions valued"
     if not wrong:
         return line
+    steps = [len(s.ends) for s in solutions]
+    line += f" (steps: median {np.median(steps):.0f}, largest {max(steps)}"
+    line += f", {np.mean(np.equal(steps, 1)):.0%} have only one)"
+    if again:
+        kept = np.mean([row["correct"] == 0 for row in again])
+        more = again[0]["continuations"]
+        line += f"; of {len(again)} first pits asked again {kept:.1%} keep Q = 0 in {more} samples"
     if all(problems[s.id].meta for s in wrong):
         bad = []
         first_bad = []
@@ -218,11 +244,8 @@ def pit_report(problems, solutions, k):
             wrong_steps = [i for i, label in enumerate(labels, 1) if label != "good"]
             bad.append(s.first_pit in wrong_steps)
             first_bad.append(wrong_steps[:1] == [s.first_pit])
-        line += f"; of the first pits {np.mean(bad):.1%} are bad steps"
-        return f"{line}, {np.mean(first_bad):.1%} the first bad step"
-    before = [[s.value, *s.q_values][s.first_pit - 1] for s in wrong]
-    false = [(1 - q) ** k for q in before if q is not None]
-    return f"{line}; a first pit is false with probability {np.mean(false):.1%} at most"
+        line += f"; {np.mean(bad):.1%} of all are bad steps, {np.mean(first_bad):.1%} the first bad"
+    return line
 
 
 def q_by_step(solutions):
@@ -242,10 +265,7 @@ def q_by_step(solutions):
 @torch.no_grad()
 def probability(policy, prompt, response):
     """pi(response | prompt) of two lists of token ids."""
-    ids = torch.tensor([prompt + response], device=policy.model.norm.weight.device)
-    logps = policy.model(ids)[0, len(prompt) - 1 : -1].float().log_softmax(-1)  # (R, V)
-    response = torch.tensor(response, device=ids.device)
-    return logps.gather(1, response[:, None]).sum().exp().item()
+    return token_logps(policy.model, [(prompt, response)]).sum().exp().item()
 
 
 # ---------------------------------------------------------------- one problem, for a lecture
@@ -255,19 +275,17 @@ def explain(problem, before, after, folder, *, k, samples, colour=False):
     """One problem as text: a wrong solution of the policy `before`, the Q of its steps, its first
     pit, the pair made there, and how probable both sides are before and after training.
 
-    after: a second policy or None. The samples and values go to `folder`.
+    after: a second policy or None. The samples and values go to `folder`, of the policy `before`.
     """
     by_id = {problem.id: problem}
-    folder = Path(folder) / f"explain-{re.sub('[^a-zA-Z0-9]', '-', problem.id)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = sample(before, [problem], folder / "rollouts.jsonl", samples)
+    drawn = sample(before, [problem], folder / "samples.jsonl", samples)
     correct = sum(s["correct"] for s in drawn[problem.id])
     lines = [
-        problem.question.strip(),
+        printable(problem.question.strip()),
         f"answer {problem.answer}; {correct} of {samples} samples are correct",
     ]
     wrong = solutions_to_value(before, [problem], drawn, wrong=samples)
-    first_pits(before, by_id, wrong, folder / "values.jsonl", k=k, scan="full")
+    value_steps(before, by_id, wrong, values_file(folder, k), k=k, scan="full")
     if not wrong:
         lines.append("no wrong solution that ended: take another problem or more --samples")
         return "\n".join(lines)
@@ -276,7 +294,7 @@ def explain(problem, before, after, folder, *, k, samples, colour=False):
         for pair in make_pairs("continuation", before, by_id, drawn, [solution]):
             examples.append((solution, pair))
     if not examples:
-        lines += explain_steps(problem, before, wrong[0], k, colour)
+        lines += explain_steps(problem, before, wrong[0], colour)
         lines.append("no pair: no correct continuation was found before the pit")
         return "\n".join(lines)
     if problem.meta:  # show a pair without luck, if there is one
@@ -286,7 +304,7 @@ def explain(problem, before, after, folder, *, k, samples, colour=False):
         )
         examples = clear or examples
     solution, pair = examples[0]
-    lines += explain_steps(problem, before, solution, k, colour)
+    lines += explain_steps(problem, before, solution, colour)
     lines += explain_pair(pair, before, after, colour)
     return "\n".join(lines)
 
@@ -299,16 +317,16 @@ def is_clear(problem, policy, solution, pair):
     return rejected[-1] != "good" and set(chosen[pair.first_pit - 1 :]) == {"good"}
 
 
-def explain_steps(problem, policy, solution, k, colour):
+def explain_steps(problem, policy, solution, colour):
     """A line with its Q for each step of a wrong solution."""
     labels = judge_steps(problem, solution.text) if problem.meta else []
     lines = [
         "",
-        f"a wrong solution, Q of each step from {k} continuations; before the first step V(x):",
+        f"a wrong solution, V(x), and Q of its steps from {max(solution.counts)} continuations:",
         f"{'':34}Q {solution.value:.2f} {q_bar(solution.value)}",
     ]
     for i, q in enumerate(solution.q_values, 1):
-        text = policy.text(solution.step(i)).strip()
+        text = printable(policy.text(solution.step(i)).strip())
         line = f"{i:3} {text:30.200}Q {q:.2f} {q_bar(q)}"
         if i == solution.first_pit:
             line += "  <- the first pit"
@@ -332,7 +350,7 @@ def explain_pair(pair, before, after, colour):
         for policy in (before, after):
             chance = f"{probability(policy, pair.prompt, ids):7.4f}" if policy else "      -"
             line += chance + " "
-        line += "  " + row[side].strip().replace("\n", ", ")
+        line += "  " + printable(row[side].strip().replace("\n", ", "))
         lines.append(paint(line, code, colour))
     return lines
 
@@ -359,6 +377,8 @@ def plot_run(folder):
     from matplotlib import pyplot
 
     folder = Path(folder)
+    if not (folder / "metrics.csv").exists():
+        raise UserError(f"{folder}: no run folder, it holds no metrics.csv")
     with open(folder / "metrics.csv", newline="") as file:
         metrics = list(csv.DictReader(file))
     figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
@@ -379,7 +399,12 @@ def plot_run(folder):
         low, high = result["interval"]
         accuracy = result["accuracy"]
         axes[3].errorbar([name], [accuracy], [[accuracy - low], [high - accuracy]], fmt="o")
-    titles = ["loss", "Eq. 1: margin and log-probabilities", "mean Q of steps", "accuracy"]
+    titles = [
+        "loss",
+        "Eq. 1: margin and log-probabilities",
+        "mean Q of steps up to the first pit",
+        "accuracy",
+    ]
     labels = ["optimizer step", "optimizer step", "step of the solution", "model"]
     for axis, title, label in zip(axes, titles, labels, strict=True):
         axis.set(title=title, xlabel=label)
@@ -403,55 +428,76 @@ def plot_columns(axis, rows, names, label):
 
 @dataclass
 class EvaluateFlags(PolicyFlags):
-    baseline: str = flag("", "folder of a second policy, to compare with", group="run", free=True)
-    out: str = flag("runs/evaluate", "folder for results and responses", free=True)
-    plot: str = flag("", "run folder to draw as FOLDER/run.png; needs matplotlib", free=True)
-    explain: int = flag(-1, "number of a problem, to show its steps", least=-1, free=True)
+    baseline: str = flag("", "folder of a second policy, to compare with", group="run", stage="")
+    out: str = flag("runs/evaluate", "where each model gets a folder of responses", stage="")
+    plot: str = flag("", "run folder to draw as FOLDER/run.png; needs matplotlib", stage="")
+    explain: int = flag(-1, "number of a problem, to show its steps", least=-1, stage="")
     split: str = flag("test", "of the built-in task", choices=SPLITS, group="data")
-    limit: int = flag(1000, "the first problems only; 0 = all of a file", least=0)
-    samples: int = flag(0, "samples a problem, for pass@k", group="sampling", least=0)
-    rollouts: int = flag(0, "K: continuations per prefix, for Q by step", group="values", least=0)
+    limit: int = flag(0, "problems; 0 = all of a file, or 1000", least=0, stage="")
+    samples: int = flag(0, "samples a problem, for pass@k", group="sampling", least=0, stage="")
+    rollouts: int = flag(0, "K, for the Q of steps", group="values", least=0, stage="")
 
 
 def main():
-    c = apply_presets(parse_flags(EvaluateFlags, __doc__))
-    if c.plot:
-        plot_run(c.plot)
+    flags = parse_flags(EvaluateFlags, __doc__)
+    if flags.plot:
+        plot_run(flags.plot)
         return
-    problems = load_problems(c.data, c.split, c.limit)
+    c = apply_presets(flags)
+    problems, data_hash = read_data(c, c.split, enough=1000)
     if c.explain >= len(problems):
         raise UserError(f"--explain {c.explain}: there are only {len(problems)} problems")
-    policy = load_policy(c.model, c)
-    policy.prompt(problems[0])  # a wrong prompt format fails here, before anything is written
-    hashes = dict(data_hash=content_hash(problems), model_hash=folder_hash(c.model))
-    policies = {"model": policy}
-    if c.baseline:
-        policies = {"baseline": load_policy(c.baseline, c), "model": policy}
-        hashes["baseline_hash"] = folder_hash(c.baseline)
-    out = Path(c.out)
-    claim_folder(c, out / "config.json", **hashes)
+    tested = dict(model=c)
+    if c.baseline:  # prompted as it was trained, on the same problems
+        own = apply_presets(replace(flags, model=c.baseline, **world_flags(c)))
+        tested = dict(baseline=own, model=c)
+    policies = {}
+    folders = {}
+    for name, config in tested.items():
+        policies[name] = load_policy(config.model, config)
+        folders[name] = responses_folder(config, policies[name], data_hash)
+        policies[name].prompt(problems[0])  # a wrong prompt format fails before all is written
+        config.device = policies[name].device
+    for name, config in tested.items():
+        claim_folder(config, folders[name] / "config.json", {})
     if c.explain >= 0:
-        problem = problems[c.explain]
-        before = policies.get("baseline", policy)
-        after = policy if c.baseline else None
-        counts = dict(k=c.rollouts or 16, samples=c.samples or 16)
-        print(explain(problem, before, after, out, colour=sys.stdout.isatty(), **counts))
+        first = next(iter(tested))
+        after = policies["model"] if c.baseline else None
+        counts = dict(k=c.rollouts or 16, samples=c.samples or 16, colour=sys.stdout.isatty())
+        print(explain(problems[c.explain], policies[first], after, folders[first], **counts))
         return
     results = {}
-    for name, each in policies.items():
-        results[name] = evaluate(each, problems, out / name, c.samples)
-    write_json(out / "results.json", results)
-    print(table(results))
+    for name, policy in policies.items():
+        results[name] = evaluate(policy, problems, folders[name], c.samples)
+    write_json(folders["model"] / "results.json", results)
+    print(report(results))
+    for name, config in tested.items():
+        print(f"{name}: {how_prompted(config)}; responses in {folders[name]}")
     if c.rollouts:
-        greedy = sample(policy, problems, out / "model" / "greedy.jsonl", n=1, temperature=0)
-        solutions = solutions_to_value(policy, problems, greedy, wrong=1, correct=1)
-        by_id = {problem.id: problem for problem in problems}
-        path = out / "model" / "values.jsonl"
-        first_pits(policy, by_id, solutions, path, k=c.rollouts, scan="full")
-        for row in q_by_step(solutions):
-            print(
-                "step {step:2}  Q {q:.3f}  best of 5 {best_of_5:.3f}  n {solutions}".format(**row)
-            )
+        print_q_by_step(policies["model"], folders["model"], problems, c.rollouts)
+
+
+def responses_folder(c, policy, data_hash):
+    """Where the responses of a policy lie: apart from those of any other model, prompt, problems or
+    way of sampling."""
+    source = [folder_hash(c.model), data_hash, c.split, c.prompt, c.sampling_dtype]
+    source += [policy.device.split(":")[0], asdict(policy.sampling)]
+    key = hashlib.blake2b(json.dumps(source).encode(), digest_size=4).hexdigest()
+    return Path(c.out) / f"{Path(c.model).resolve().name}-{key}"
+
+
+def values_file(folder, k):
+    return folder / f"values-{k}.jsonl"
+
+
+def print_q_by_step(policy, folder, problems, k):
+    """Average Q of the steps of the greedy responses."""
+    greedy = sample(policy, problems, folder / "greedy.jsonl", n=1, temperature=0)
+    solutions = solutions_to_value(policy, problems, greedy, wrong=1, correct=1)
+    by_id = {problem.id: problem for problem in problems}
+    value_steps(policy, by_id, solutions, values_file(folder, f"greedy-{k}"), k=k, scan="full")
+    for row in q_by_step(solutions):
+        print("step {step:2}  Q {q:.3f}  best of 5 {best_of_5:.3f}  n {solutions}".format(**row))
 
 
 if __name__ == "__main__":

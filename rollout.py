@@ -3,8 +3,8 @@ r"""Rollouts: value the steps of sampled solutions, find the first pit, make the
 The value of a step is the chance that the policy still reaches the correct answer when it goes on
 from there (Eq. 2). So everything here comes from one function, `generate`, and its two uses:
 
-    samples         solutions of a problem                 sample()        rollouts.jsonl
-    continuations   ways to go on from a prefix of steps   first_pits()    values.jsonl
+    samples         solutions of a problem                 sample()        samples.jsonl
+    continuations   ways to go on from a prefix of steps   value_steps()   values.jsonl
     pairs           a good and a bad way to go on          make_pairs()    pairs.jsonl
 
     python rollout.py --model FOLDER --data problems.jsonl --out runs/x --samples 8 --rollouts 5
@@ -18,15 +18,19 @@ Differences from the paper:
    K = 5, whose Q follows from ours (`best_of`). The first pit is the same for both.
 2. The Q of a last step is the checker's verdict, as nothing is left to sample. A wrong solution
    therefore always has a first pit.
-3. A solution that ran out of its token budget counts as wrong, whatever it says.
+3. A solution that ran out of its token budget counts as wrong, and its steps are not valued.
+4. At most so many wrong (and for Eq. 4 correct) solutions of a problem are valued, so Eq. 4 sees
+   other shares of right and wrong than the policy draws.
 """
 
 import math
 import os
+import re
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -36,15 +40,17 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import RANK, Tokenizer, UserError, append_rows, apply_presets, claim_folder
-from data import content_hash, edit_distance, equation_key, flag, folder_hash, format_prompt
-from data import is_correct, load_problems, parse_flags, read_rows, split_steps
+from data import POLICY_FILE, RANK, Tokenizer, UserError, append_rows, apply_presets, claim_folder
+from data import content_hash, edit_distance, equation_key, flag, folder_hash, is_correct
+from data import load_problems, note, parse_flags, printable, read_json, read_rows, split_steps
+from data import write_json, write_rows
 from model import GPT, CheckpointError, KVCache
 
 # torchrun sets these, and RANK. Its processes share the work and each gets all results; rank 0
 # alone prints and writes.
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+THREADS = torch.get_num_threads()  # what OMP_NUM_THREADS and the cores of this process allow
 
 SCANS = ("first", "full")  # which steps to value: see estimate_values
 
@@ -63,6 +69,7 @@ class Solution:
     text: str
     value: float  # V(x): share of the problem's samples that are correct
     q_values: list  # Q_1 .. Q_L (Eq. 2); None where no continuation was sampled
+    counts: list  # how many continuations each Q is the mean of; 0 for a verdict or None
     first_pit: int | None = None  # number of the step, from 1; None if the solution is correct
     continuations: list = field(default_factory=list)  # correct ones from just before the pit
 
@@ -73,6 +80,10 @@ class Solution:
     def step(self, i):
         """Token ids of y_i."""
         return self.ids[len(self.through_step(i - 1)) : self.ends[i - 1]]
+
+    def found_pit(self, i):
+        """Whether a step with Q = 0 is known among the first i."""
+        return 0 in self.q_values[:i]
 
 
 def solutions_to_value(policy, problems, samples, *, wrong, correct=0):
@@ -90,59 +101,76 @@ def solutions_to_value(policy, problems, samples, *, wrong, correct=0):
             left[s["correct"]] -= 1
             seen.add(tuple(s["ids"]))
             steps = split_steps(s["ids"], policy.tokenizer, problem.style)
-            ends = np.cumsum([len(step) for step in steps]).tolist()
-            # the Q of the last step is the checker's verdict
-            q_values = [None] * (len(steps) - 1) + [float(s["correct"])]
-            solutions.append(
-                Solution(
-                    problem.id, number, s["correct"], s["ids"], ends, s["text"], value, q_values
-                )
+            solution = Solution(
+                id=problem.id,
+                sample=number,
+                correct=s["correct"],
+                ids=s["ids"],
+                ends=np.cumsum([len(step) for step in steps]).tolist(),
+                text=s["text"],
+                value=value,
+                q_values=[None] * len(steps),
+                counts=[0] * len(steps),
             )
+            solution.q_values[-1] = float(s["correct"])  # the checker's verdict
+            solutions.append(solution)
     return solutions
 
 
 def estimate_values(policy, problems, solutions, *, k, scan):
-    """Set the q_values of `solutions` from k continuations of each prefix of steps (Eq. 2).
+    """Sample k more continuations of each prefix of steps, and set q_values to the share that is
+    correct (Eq. 2). A second call goes on where the first stopped, so K may grow.
 
-    scan "first" leaves a wrong solution at its first step with Q = 0, "full" values every step.
+    scan "first" stops at the first step with Q = 0 of a wrong solution, "full" values every step.
     problems: {id: Problem}.
     """
+    correct = {}  # {(number of a solution, step): its correct continuations}
+    for number, s in enumerate(solutions):
+        if s.first_pit:
+            correct[number, s.first_pit - 1] = s.continuations
     longest = max((len(s.ends) for s in solutions), default=0)
     for i in range(1, longest):  # the last step needs no sampling: the checker decides
-        walking = [s for s in solutions if len(s.ends) > i]
+        walking = {number: s for number, s in enumerate(solutions) if len(s.ends) > i}
         if scan == "first":
-            walking = [s for s in walking if s.correct or 0 not in s.q_values[:i]]
+            walking = {n: s for n, s in walking.items() if s.correct or not s.found_pit(i - 1)}
         # Many solutions of a problem begin alike: each prefix is continued once.
-        prefixes = list(dict.fromkeys((s.id, tuple(s.through_step(i))) for s in walking))
-        correct = correct_continuations(policy, problems, prefixes, k)
-        for s in walking:
-            found = correct[s.id, tuple(s.through_step(i))]
-            if found and 0 not in s.q_values[:i]:  # the pit is still to come
-                s.continuations = found
-            s.q_values[i - 1] = len(found) / k
-    for s in solutions:
-        s.first_pit = None if s.correct else find_first_pit(s.q_values)
+        counts = {(s.id, tuple(s.through_step(i))): s.counts[i - 1] for s in walking.values()}
+        found = correct_continuations(policy, problems, counts, k)
+        for number, s in walking.items():
+            new = found[s.id, tuple(s.through_step(i))]
+            correct[number, i] = correct.get((number, i), []) + new
+            before = s.counts[i - 1] * (s.q_values[i - 1] or 0.0)
+            s.counts[i - 1] += k
+            s.q_values[i - 1] = (before + len(new)) / s.counts[i - 1]
+    for number, s in enumerate(solutions):
+        if not s.correct:
+            s.first_pit = find_first_pit(s.q_values)
+            # Q is above 0 just before the pit, so there are some: the candidates for chosen.
+            s.continuations = correct.get((number, s.first_pit - 1), [])
 
 
-def correct_continuations(policy, problems, prefixes, k):
-    """{prefix: those of its k continuations that end correctly}; a prefix is (problem id, tuple of
-    token ids of its steps). The processes share the prefixes."""
-    mine = shard(prefixes)
-    prompts = [policy.prompt(problems[id]) + list(ids) for id, ids in mine]
-    budgets = [policy.max_new_tokens - len(ids) for _, ids in mine]
-    sampled = policy.generate(prompts, k, max_new_tokens=budgets)
+def correct_continuations(policy, problems, counts, k):
+    """{prefix: those of k more continuations that end correctly}. counts: {prefix: how many of its
+    continuations were sampled before}; a prefix is (problem id, tuple of token ids of its steps).
+    The processes share the prefixes."""
     found = []
-    for (id, ids), continuations in zip(mine, sampled, strict=True):
-        correct = []
-        for continuation in continuations:
-            if policy.judge([*ids, *continuation], problems[id])["correct"]:
-                correct.append(continuation)
-        found.append(((id, ids), correct))
+    for first in sorted(set(counts.values())):
+        mine = shard([prefix for prefix, count in counts.items() if count == first])
+        prompts = [policy.prompt(problems[id]) + list(ids) for id, ids in mine]
+        budgets = [policy.sampling.max_new_tokens - len(ids) for _, ids in mine]
+        sampled = policy.generate(prompts, k, first=first, max_new_tokens=budgets)
+        for (id, ids), continuations in zip(mine, sampled, strict=True):
+            correct = []
+            for continuation in continuations:
+                if policy.judge([*ids, *continuation], problems[id])["correct"]:
+                    correct.append(continuation)
+            found.append(((id, ids), correct))
     return dict(gather(found))
 
 
 def find_first_pit(q_values):
-    """Number, from 1, of the first step with the least Q among those valued (Algorithm 1).
+    """Number, from 1, of the first step with the least Q among those valued (Algorithm 1): of a
+    wrong solution the first with Q = 0, at the latest its last step.
 
     >>> find_first_pit([0.6, 0.0, None, 0.0])
     2
@@ -162,14 +190,14 @@ def best_of(q, k):
     return 1 - (1 - q) ** k
 
 
-def first_pits(policy, problems, solutions, path, *, k, scan="first"):
-    """Value `solutions` and find their first pits: rows of the JSONL file `path`.
+def value_steps(policy, problems, solutions, path, *, k, scan="first"):
+    """Value the steps of `solutions` and find their first pits: rows of the JSONL file `path`.
 
     Solutions already in the file are not valued again. Returns `solutions`.
     """
     keys = dict(id=str, sample=int, ids=list, ends=list, q_values=list, continuations=list)
     rows = {(row["id"], row["sample"]): row for row in read_rows(path, keys)}
-    gather([])  # all processes have read before rank 0 writes
+    wait_for_all()  # all processes have read before rank 0 writes
     todo = []
     for s in solutions:
         row = rows.get((s.id, s.sample))
@@ -180,21 +208,46 @@ def first_pits(policy, problems, solutions, path, *, k, scan="first"):
         if not belongs or len(row["q_values"]) != len(s.ends):  # another engine may have written it
             raise UserError(
                 f"{path}: the values of problem {s.id}, sample {s.sample}, are not of the steps of "
-                "that sample in rollouts.jsonl"
+                "that sample in samples.jsonl"
             )
         s.q_values = row["q_values"]
+        s.counts = row.get("counts") or [0 if q is None else k for q in s.q_values[:-1]] + [0]
         s.continuations = row["continuations"]
         s.first_pit = None if s.correct else find_first_pit(s.q_values)
     bar = progress("values", "solution", len(solutions), len(solutions) - len(todo))
-    at_once = max(1, policy.samples_at_once * WORLD // k)
+    at_once = max(1, policy.samples_at_once * PROCESSES // k)
     for start in range(0, len(todo), at_once):
         part = todo[start : start + at_once]
         estimate_values(policy, problems, part, k=k, scan=scan)
         append_rows(path, [asdict(s) for s in part])
         bar.update(len(part))
     bar.close()
-    gather([])  # rank 0 has written before any process goes on
+    wait_for_all()  # rank 0 has written before any process goes on
     return solutions
+
+
+def ask_pits_again(policy, problems, solutions, path, *, k, most=100):
+    """How sure are the first pits? About `most` of them are continued by k other samples each:
+    rows {id, sample, first_pit, first, continuations, correct} of the JSONL file `path`."""
+    # A pit that is the last step was judged, not sampled.
+    pits = [s for s in solutions if not s.correct and s.first_pit < len(s.ends)]
+    pits = pits[:: max(1, len(pits) // most)][:most]
+    rows = read_rows(path)
+    wait_for_all()
+    asked = []
+    counts = {}
+    for s in pits:
+        first = s.counts[s.first_pit - 1]  # its continuations so far found the pit
+        row = dict(id=s.id, sample=s.sample, first_pit=s.first_pit)
+        asked.append(row | dict(first=first, continuations=k, correct=None))
+        counts[s.id, tuple(s.through_step(s.first_pit))] = first
+    if [dict(row, correct=None) for row in rows] == asked:
+        return rows
+    found = correct_continuations(policy, problems, counts, k)
+    for row, s in zip(asked, pits, strict=True):
+        row["correct"] = len(found[s.id, tuple(s.through_step(s.first_pit))])
+    write_rows(path, asked)
+    return asked
 
 
 # ---------------------------------------------------------------- pairs
@@ -241,9 +294,9 @@ class Pair:
         return 1
 
 
-# A form of pairs gets a wrong solution, the distinct correct solutions of the same problem (token
-# ids, in random order) and a function that splits token ids into steps. It returns the steps that
-# join the prompt, candidates for chosen, of which the first suitable one is used, and rejected.
+# A form of pairs gets a wrong solution, the distinct correct samples of its problem (token ids, in
+# random order) and a function that splits token ids into steps. It returns the steps that join the
+# prompt, candidates for chosen, of which the first suitable one is used, and rejected.
 
 
 def continuation_form(s, correct, split):
@@ -257,7 +310,16 @@ def continuation_form(s, correct, split):
 def step_form(s, correct, split):
     """Theorem 6.1: from the steps before the pit, one step against one step."""
     prefix, chosen, pit = continuation_form(s, correct, split)
-    return prefix, [split(ids)[0] for ids in chosen], pit
+    return prefix, [first_step(prefix, ids, split) for ids in chosen], pit
+
+
+def first_step(prefix, continuation, split):
+    """The first step of a continuation, cut as it is in the whole solution."""
+    end = 0
+    for step in split(prefix + continuation):
+        end += len(step)
+        if end > len(prefix):
+            return continuation[: end - len(prefix)]
 
 
 def algorithm1_form(s, correct, split):
@@ -289,31 +351,62 @@ def make_pairs(form, policy, problems, samples, solutions, seed=0):
 
     form: a key of PAIR_FORMS. samples: {problem id: its samples}, from which they come.
     The end of text stands exactly where a solution ended, never behind a step that was cut out.
+    Left out are: a pit from which a correct sample or continuation goes on, as it is none (what
+    ask_pits_again finds is only counted); a pair of which one side begins with the other; a pair
+    that equals another.
     """
     if form not in PAIR_FORMS:
         raise UserError(f"pairs: {form!r} is none of {', '.join(PAIR_FORMS)}")
-    pairs = []
+    pairs = {}
     for s in solutions:
         if s.correct:
             continue
         problem = problems[s.id]
-        correct = distinct([x for x in samples[s.id] if x["correct"]])
+        correct = [x for x in samples[s.id] if x["correct"]]
+        ways = [x["ids"] for x in distinct(correct)]
         # a stream of its own, so that a pair depends on no other solution
-        order = np.random.default_rng([seed, s.sample, *s.ids]).permutation(len(correct))
-
-        correct = [correct[i]["ids"] for i in order]
+        np.random.default_rng([seed, s.sample, *s.ids]).shuffle(ways)
         split = partial(split_steps, tokenizer=policy.tokenizer, style=problem.style)
-        prefix, candidates, rejected = PAIR_FORMS[form](s, correct, split)
-        # a candidate that begins with the rejected text is no better way to go on
-        candidates = [ids for ids in candidates if ids[: len(rejected)] != rejected]
-        if candidates:
+        prefix, candidates, rejected = PAIR_FORMS[form](s, ways, split)
+        before_pit = s.through_step(s.first_pit - 1)
+        known = [x["text"] for x in correct]
+        known += [policy.text(before_pit + ids) for ids in s.continuations]
+        through_pit = policy.text(prefix + rejected)
+        if any(begins_with(text, through_pit) for text in known):
+            continue
+        chosen = first_other(candidates, rejected, policy)
+        if chosen is not None:
             prompt = policy.prompt(problem) + prefix
-            pairs.append(Pair(s.id, form, s.first_pit, prompt, candidates[0], rejected))
-    return pairs
+            pair = Pair(s.id, form, s.first_pit, prompt, chosen, rejected)
+            pairs.setdefault(repr(pair.sequence), pair)
+    return list(pairs.values())
+
+
+def first_other(candidates, rejected, policy):
+    """The first candidate that neither begins with the rejected text nor is its beginning."""
+    bad = policy.text(rejected)
+    for ids in candidates:
+        good = policy.text(ids)
+        if not begins_with(good, bad) and not begins_with(bad, good):
+            return ids
+    return None
+
+
+def begins_with(text, start):
+    """Whether a text begins with another, in whole words and up to spaces.
+
+    >>> begins_with("9 + 5 = 14\n\nSo 14", "9 + 5 = 14"), begins_with("9 + 5 = 145", "9 + 5 = 14")
+    (True, False)
+    """
+    text = " ".join(text.split())
+    start = " ".join(start.split())
+    goes_on = re.match(r"\w|[.,/]\d", text[len(start) :])  # a word or number of the start
+    return text.startswith(start) and (not goes_on or not start)
 
 
 def pair_row(pair, tokenizer):
-    """A row of pairs.jsonl: token ids, and texts that joined are the text of the joined ids."""
+    """A row of pairs.jsonl: token ids and texts. The texts of prompt and chosen, joined, are what
+    the joined ids decode to (see Tokenizer.texts)."""
     prompt, chosen = tokenizer.texts([pair.prompt, pair.chosen])
     rejected = tokenizer.texts([pair.prompt, pair.rejected])[1]
     return dict(
@@ -334,42 +427,49 @@ def pair_row(pair, tokenizer):
 
 def sample(policy, problems, path, n, temperature=None):
     """n solutions of every problem by `policy`: rows of the JSONL file `path`. Returns {problem id:
-    list of samples}, a sample being {ids, text, ended, correct}.
+    list of n samples}, a sample being {ids, text, ended, correct}.
 
-    A row: {id, temperature, samples}. Problems already in the file are skipped. temperature:
-    overrides the policy's; 0 is greedy. The processes share the problems.
+    A row: {id, temperature, samples}; of several rows of a problem the last one counts. What is in
+    the file is not drawn again: of more samples only the missing ones are. temperature: overrides
+    the policy's; 0 is greedy. The processes share the problems.
     """
     if temperature is None:
-        temperature = policy.temperature
+        temperature = policy.sampling.temperature
     samples = {}
     for row in read_rows(path, dict(id=str, temperature=(int, float), samples=list)):
-        check_samples(path, row, n, policy)
+        check_samples(path, row, temperature, policy)
         samples[row["id"]] = row["samples"]
-    todo = [problem for problem in problems if problem.id not in samples]
+    todo = [problem for problem in problems if len(samples.get(problem.id, [])) < n]
     bar = progress("sample", "problem", len(problems), len(problems) - len(todo))
-    at_once = max(1, policy.samples_at_once * WORLD // n)
+    at_once = max(1, policy.samples_at_once * PROCESSES // n)
     for start in range(0, len(todo), at_once):
         part = todo[start : start + at_once]
+        first = min(len(samples.get(problem.id, [])) for problem in part)
         mine = shard(part)
-        sampled = policy.generate([policy.prompt(problem) for problem in mine], n, temperature)
-        new = []
+        prompts = [policy.prompt(problem) for problem in mine]
+        sampled = policy.generate(prompts, n - first, first=first, temperature=temperature)
+        rows = []
         for problem, solutions in zip(mine, sampled, strict=True):
-            judged = [policy.judge(ids, problem) for ids in solutions]
-            new.append(dict(id=problem.id, temperature=temperature, samples=judged))
-        new = gather(new)
-        append_rows(path, new)
-        samples |= {row["id"]: row["samples"] for row in new}
+            drawn = samples.get(problem.id, [])[:first]
+            drawn += [policy.judge(ids, problem) for ids in solutions]
+            rows.append(dict(id=problem.id, temperature=temperature, samples=drawn))
+        rows = gather(rows)
+        append_rows(path, rows)
+        samples |= {row["id"]: row["samples"] for row in rows}
         bar.update(len(part))
     bar.close()
-    gather([])  # rank 0 has written before any process goes on
-    return {problem.id: samples[problem.id] for problem in problems}
+    wait_for_all()  # rank 0 has written before any process goes on
+    return {problem.id: samples[problem.id][:n] for problem in problems}
 
 
-def check_samples(path, row, n, policy):
-    """Refuse a row of rollouts.jsonl that another engine has filled in wrongly."""
+def check_samples(path, row, temperature, policy):
+    """Refuse a row of samples.jsonl that another engine has filled in wrongly."""
     where = f"{path}: problem {row['id']}"
-    if len(row["samples"]) != n:
-        raise UserError(f"{where}: {len(row['samples'])} samples where --samples is {n}")
+    if row["temperature"] != temperature:
+        found = row["temperature"]
+        raise UserError(
+            f"{where}: sampled at temperature {found}, not {temperature}; delete the file"
+        )
     for s in row["samples"]:
         if not isinstance(s, dict) or not {"ids", "text", "ended", "correct"} <= set(s):
             raise UserError(f"{where}: a sample lacks ids, text, ended or correct")
@@ -419,70 +519,53 @@ CUDA_GRAPHS = True  # False: launch every kernel of a decode step from Python, w
 PREFILL_TOKENS = 32_768  # of one prefill, with padding
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How continuations are drawn."""
+
+    max_new_tokens: int | list = 256  # of every prompt, or a list with one number for each
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # below 1 only the most likely tokens are drawn: to look at, not to train on
+    seed: int = 0
+    stop_ids: tuple = ()  # each ends a sample, which includes it
+    vocab_size: int | None = None  # ids from here on are rows of the embedding without a token
+
+
 @torch.no_grad()
-def generate(
-    model,
-    prompts,
-    n=1,
-    *,
-    max_new_tokens=256,
-    temperature=1.0,
-    top_p=1.0,
-    seed=0,
-    stop_ids=(),
-    vocab_size=None,
-    slots=None,
-):
+def generate(model, prompts, n=1, *, first=0, slots=None, **sampling):
     """Sample n continuations of every prompt: per prompt a list of n lists of new token ids.
 
-    prompts: lists of token ids, of any lengths > 0. max_new_tokens: an int, or one for each prompt.
-    temperature 0 is greedy. A sample ends with the first of stop_ids, which it includes. Ids from
-    vocab_size on are never chosen: some embeddings have rows with no token behind them. slots: how
-    many rows decode together, at least n. Raises UserError for an empty prompt, and where learned
-    positions would run out. Sample j of a prompt depends on (seed, prompt, j) alone: a second call
-    draws the same samples again. top_p < 1 draws from the most likely tokens only, to look at.
+    prompts: lists of token ids, of any lengths > 0. sampling: the fields of `Sampling`, such as
+    max_new_tokens=64. slots: how many rows decode together, at least n. Raises UserError for an
+    empty prompt, and where learned positions would run out.
+
+    Sample j of a prompt depends on (seed, prompt, j) alone: a second call draws the same again, and
+    first=n draws the next n. It does not depend on the other rows either, up to rounding: on a CPU
+    in float32 the tokens are the same in any batch, in bfloat16 and on a GPU some are not.
+
+        generate(model, [[5, 7], [9]], 2, max_new_tokens=2) -> [[[3, 8], [3, 1]], [[4, 0], [6, 2]]]
     """
-    budgets = max_new_tokens
-    if isinstance(max_new_tokens, int):
-        budgets = [max_new_tokens] * len(prompts)
+    sampling = Sampling(**sampling)
+    budgets = sampling.max_new_tokens
+    if isinstance(budgets, int):
+        budgets = [budgets] * len(prompts)
     check_lengths(prompts, budgets, model.config.position_limit)
     results = [[[] for _ in range(n)] for _ in prompts]
-    queue = [i for i in range(len(prompts)) if n and budgets[i] > 0]
-    if not queue:
+    waiting = [i for i in range(len(prompts)) if n and budgets[i] > 0]
+    waiting.sort(key=lambda i: len(prompts[i]))  # longest first: too little memory fails at once
+    if not waiting:
         return results
-    queue.sort(key=lambda i: len(prompts[i]))  # the longest leave first: memory runs out early
-    width = max(budgets)
-
-    def choose_token(logits, uniforms):
-        return choose(logits[:, :vocab_size], uniforms, temperature, top_p)
-
-    rows = slots or default_slots(model, len(prompts[queue[-1]]) + width)
-    rows = min(max(1, rows // n), len(queue)) * n  # the n samples of a prompt start together
-    running = Slots(model, rows, width, choose_token, stop_ids)
-    while True:
-        free = running.collect(results)
-        while queue and len(free) >= n:
-            most = min(len(free) // n, max(1, PREFILL_TOKENS // len(prompts[queue[-1]])))
-            batch = [queue.pop() for _ in range(min(most, len(queue)))]
-            owners = [(i, j) for i in batch for j in range(n)]
-            uniforms = [uniform_numbers(seed, prompts[i], j, width) for i, j in owners]
-            running.admit(
-                free[: len(owners)],
-                owners,
-                [prompts[i] for i in batch],
-                [budgets[i] for i, _ in owners],
-                np.stack(uniforms),
-            )
-            free = free[len(owners) :]
-        if len(free) == rows:
-            return results
-        if queue:  # refill in groups: prefilling one prompt costs almost as much as many
-            running.decode(until_done=max(n, rows // 8))
-        else:
-            if len(free) >= rows / 2:
-                running.shrink()
-                rows -= len(free)
-            running.decode(until_done=math.ceil(rows / 2))
+    rows = slots or default_slots(model, len(prompts[waiting[-1]]) + max(budgets))
+    rows = min(max(1, rows // n), len(waiting)) * n  # the n samples of a prompt start together
+    running = Slots(model, sampling, rows, max(budgets))
+    while waiting or running.busy:
+        running.refill(waiting, prompts, budgets, range(first, first + n))
+        if not waiting:
+            running.shrink()
+        running.decode(until_done=running.enough(waiting, n))
+        for (i, j), ids in running.collect():
+            results[i][j - first] = ids
+    return results
 
 
 def check_lengths(prompts, budgets, limit):
@@ -499,17 +582,25 @@ def check_lengths(prompts, budgets, limit):
 class Slots:
     """Rows that decode together. Each holds one sample; a finished row takes the next one.
 
-    Every tensor is made once; admissions and steps write into it. A step depends on no Python
-    scalar and never waits for the device, so on a GPU one CUDA graph replays it until the cache
-    grows.
+    Three rows after prompts of 3, 5 and 4 tokens. Token 2 is the end of text:
+
+        row  owner   token  count  budget  done   output         cache holds
+        0    (4, 0)     17      2       9  False  8 17 .  .  ..  the prompt and 8
+        1    (7, 1)      2      3       9  True   6 11 2  .  ..  the prompt, 6 and 11
+        2    None        .      .       .  True   .  .  .  .  .. what nobody reads
+
+    A step reads `token`, adds it to the cache and writes the next one into `token` and `output`, in
+    every row that is not done. Each tensor is made once, and admissions and steps write into it:
+    so a step depends on no Python number and never waits for the device, and on a GPU one CUDA
+    graph replays it until the cache grows.
     """
 
-    def __init__(self, model, rows, width, choose_token, stop_ids):
+    def __init__(self, model, sampling, rows, width):
         weight = model.norm.weight
         device = weight.device
         self.model = model
-        self.choose_token = choose_token
-        self.stop_ids = torch.tensor(list(stop_ids) or [-1], device=device)
+        self.sampling = sampling
+        self.stop_ids = torch.tensor(list(sampling.stop_ids) or [-1], device=device)
         self.owner = [None] * rows  # (prompt, sample) of a row, None while it is free
         self.cache = KVCache(model.config, rows, 0, weight.dtype, device)
         self.token = torch.zeros(rows, dtype=torch.long, device=device)  # the last one chosen
@@ -518,26 +609,46 @@ class Slots:
         self.done = torch.ones(rows, dtype=torch.bool, device=device)
         # one column more than the largest budget, as rows that are done still read and write
         self.output = torch.zeros(rows, width + 1, dtype=torch.long, device=device)
-        self.uniforms = torch.zeros(rows, width + 1, device=device)
+        self.uniforms = torch.zeros(rows, width + 1, device=device)  # a random number for each
         self.graph = None
         self.graph_room = 0  # of the cache when the graph was captured
 
-    def admit(self, rows, owners, prompts, budgets, uniforms):
-        """Prefill P prompts and start R samples in free rows, R / P behind each prompt.
+    @property
+    def free(self):
+        return [row for row, owner in enumerate(self.owner) if owner is None]
 
-        rows, owners, budgets: lists of R; uniforms: float32 array (R, width).
+    @property
+    def busy(self):
+        return len(self.free) < len(self.owner)
+
+    def refill(self, waiting, prompts, budgets, numbers):
+        """Start samples of waiting prompts in the free rows, so that no row is idle for long.
+
+        waiting: indices of prompts, the longest last, of which those that start are removed.
+        numbers: those of the samples that each prompt gets.
         """
+        while waiting and len(self.free) >= len(numbers):
+            most = max(1, PREFILL_TOKENS // len(prompts[waiting[-1]]))
+            most = min(most, len(self.free) // len(numbers), len(waiting))
+            batch = [waiting.pop() for _ in range(most)]
+            self.admit(batch, prompts, budgets, numbers)
+
+    def admit(self, batch, prompts, budgets, numbers):
+        """Prefill the prompts of a batch, and start their samples in free rows."""
         device = self.token.device
-        for row, owner in zip(rows, owners, strict=True):
-            self.owner[row] = owner
+        prefilled, logits = prefill(self.model, [prompts[i] for i in batch])
+        rows = self.free[: len(batch) * len(numbers)]
+        width = self.uniforms.shape[1] - 1
+        for row, (i, j) in zip(rows, product(batch, numbers), strict=True):
+            self.owner[row] = (i, j)
+        owners = [self.owner[row] for row in rows]
+        uniforms = [uniform_numbers(self.sampling.seed, prompts[i], j, width) for i, j in owners]
         rows = torch.tensor(rows, device=device)
-        prefilled, logits = prefill(self.model, prompts)
-        source = torch.arange(len(prompts), device=device)
-        source = source.repeat_interleave(len(rows) // len(prompts))
+        source = torch.arange(len(batch), device=device).repeat_interleave(len(numbers))
         self.cache.copy_rows(prefilled, source, rows)
-        self.uniforms[rows, :-1] = torch.from_numpy(uniforms).to(device)
-        self.budget[rows] = torch.tensor(budgets, device=device)
-        token = self.choose_token(logits[source], self.uniforms[rows, 0])
+        self.uniforms[rows, :-1] = torch.from_numpy(np.stack(uniforms)).to(device)
+        self.budget[rows] = torch.tensor([budgets[i] for i, _ in owners], device=device)
+        token = choose(logits[source], self.uniforms[rows, 0], self.sampling)
         self.token[rows] = token
         self.output[rows, 0] = token
         self.count[rows] = 1
@@ -549,7 +660,7 @@ class Slots:
         hidden = self.model.hidden(self.token[:, None], self.cache, live.long())
         logits = self.model.logits(hidden[:, 0])
         column = self.count[:, None]  # in a row that is done, one that nobody reads
-        token = self.choose_token(logits, self.uniforms.gather(1, column)[:, 0])
+        token = choose(logits, self.uniforms.gather(1, column)[:, 0], self.sampling)
         self.output.scatter_(1, column, token[:, None])
         self.token.copy_(torch.where(live, token, self.token))
         self.count += live
@@ -558,7 +669,7 @@ class Slots:
     def decode(self, until_done):
         """Decode until so many rows are done or free."""
         on_gpu = self.token.is_cuda
-        steps = 8 if on_gpu else 1  # between two looks at `done`, for which a GPU must be waited
+        steps = 8 if on_gpu else 1  # between two looks at `done`: each look waits for the GPU
         while True:
             looked_at = torch.stack((self.done.sum(), self.cache.lengths.max()))
             done, longest = looked_at.tolist()
@@ -576,21 +687,30 @@ class Slots:
                     self.graph = capture(self.step)
                     self.graph_room = self.cache.room
 
-    def collect(self, results):
-        """Move the finished samples to results[prompt][sample]; returns the free rows."""
-        free = self.done.nonzero()[:, 0].tolist()
-        finished = [row for row in free if self.owner[row] is not None]
-        index = torch.tensor(finished, dtype=torch.long, device=self.done.device)
-        counts = self.count[index].tolist()
-        for row, ids, count in zip(finished, self.output[index].tolist(), counts, strict=True):
-            prompt, sample = self.owner[row]
-            results[prompt][sample] = ids[:count]
+    def enough(self, waiting, n):
+        """How many rows should be done or free before `decode` stops: an eighth, to refill them
+        together, as reading one prompt costs almost as much as many; at the end half, to shrink."""
+        rows = len(self.owner)
+        return max(n, rows // 8) if waiting else math.ceil(rows / 2)
+
+    def collect(self):
+        """Free the rows of finished samples. Returns [((prompt, sample), token ids)]."""
+        done = self.done.nonzero()[:, 0].tolist()
+        rows = [row for row in done if self.owner[row] is not None]
+        index = torch.tensor(rows, dtype=torch.long, device=self.done.device)
+        outputs = self.output[index].tolist()
+        finished = []
+        for row, ids, count in zip(rows, outputs, self.count[index].tolist(), strict=True):
+            finished.append((self.owner[row], ids[:count]))
             self.owner[row] = None
-        return free
+        return finished
 
     def shrink(self):
-        """Drop the free rows, so that the last long samples decode in a smaller batch."""
+        """Drop the free rows once they are half of all, so that the last long samples decode in a
+        smaller batch."""
         busy = [row for row, owner in enumerate(self.owner) if owner is not None]
+        if 2 * len(busy) > len(self.owner):
+            return
         self.owner = [self.owner[row] for row in busy]
         keep = torch.tensor(busy, device=self.token.device)
         old = self.cache
@@ -635,18 +755,19 @@ def prefill(model, prompts):
     return cache, model.logits(hidden[rows, lengths - 1])
 
 
-def choose(logits, uniforms, temperature, top_p=1.0):
+def choose(logits, uniforms, sampling):
     """Sample one token per row by inverting the cumulative distribution: the first token whose
     cumulative probability exceeds the row's uniform number. (B, V), (B,) -> int64 (B,). May
     overwrite logits."""
-    if temperature == 0:
+    logits = logits[:, : sampling.vocab_size]
+    if sampling.temperature == 0:
         return logits.argmax(-1)
-    probs = logits.float().div_(temperature).softmax(-1)
+    probs = logits.float().div_(sampling.temperature).softmax(-1)
     order = None
-    if top_p < 1:  # only to look at: data that a loss sees must come from the policy itself
+    if sampling.top_p < 1:
         probs, order = probs.sort(dim=-1, descending=True)
         before = probs.cumsum(-1) - probs
-        probs = probs.masked_fill(before >= top_p, 0)
+        probs = probs.masked_fill(before >= sampling.top_p, 0)
     cumulative = probs.cumsum_(-1)  # in place: over a large vocabulary each copy counts
     # the sum is not exactly 1, and less after top_p
     target = uniforms[:, None] * cumulative[:, -1:]
@@ -657,11 +778,8 @@ def choose(logits, uniforms, temperature, top_p=1.0):
 
 
 def uniform_numbers(seed, prompt, sample, count):
-    """The random numbers of one sample, float32 (count,) in [0, 1).
-
-    Its stream is seeded by (seed, prompt, sample) alone, so a sample is the same in any batch, in
-    any order and after any restart.
-    """
+    """The random numbers of one sample, float32 (count,) in [0, 1), from a stream of its own that
+    is seeded by (seed, prompt, sample)."""
     rng = np.random.default_rng([seed, sample, len(prompt), *prompt])
     # below 1 by more than a rounding error, or a token of probability 0 could be chosen
     return np.minimum(rng.random(count, dtype=np.float32), np.float32(1 - 2**-22))
@@ -690,93 +808,102 @@ class Policy:
     model: GPT
     tokenizer: Tokenizer
     prompt_format: str
-    max_new_tokens: int = 256  # tokens a solution may have
-    temperature: float = 1.0
-    seed: int = 0
+    sampling: Sampling = Sampling()
     slots: int | None = None  # rows that decode together; None: as fit in memory
     device: str = "cpu"
     dtype: str = "float32"  # of the activations in training
+    folder: str = ""  # where the model came from
     samples_at_once: int = 4096  # of a process, between two writes to disk
     decoded: int = 0  # tokens sampled so far, by this process
 
     def prompt(self, problem):
         """Token ids of the prompt. Prompt and solution are tokenized apart, in training as in
         sampling, so that no token spans the boundary."""
-        return self.tokenizer.encode(format_prompt(self.prompt_format, problem.question))
+        return self.tokenizer.encode_prompt(self.prompt_format, problem.question)
 
     def solution(self, problem):
         """Token ids of the teacher's solution and the end of text."""
-        return self.tokenizer.encode(problem.solution) + [self.tokenizer.eos_id]
+        return self.tokenizer.encode(problem.solution, special=False) + [self.tokenizer.eos_id]
 
     def text(self, ids):
         """The text of token ids, without ends of text."""
         return self.tokenizer.decode([id for id in ids if id not in self.tokenizer.stop_ids])
 
     def judge(self, ids, problem):
-        """A sampled solution as in rollouts.jsonl. One that did not end counts as wrong."""
+        """A sampled solution as in samples.jsonl. One that did not end counts as wrong."""
         text = self.text(ids)
         ended = bool(ids) and ids[-1] in self.tokenizer.stop_ids
         correct = ended and is_correct(text, problem.answer)
         return dict(ids=ids, text=text, ended=ended, correct=correct)
 
-    def generate(self, prompts, n=1, temperature=None, max_new_tokens=None):
-        """`generate` with this policy's settings, or with another temperature or other budgets.
-        The same call draws the same samples again."""
-        samples = generate(
-            self.model,
-            prompts,
-            n,
-            max_new_tokens=max_new_tokens or [self.max_new_tokens] * len(prompts),
-            temperature=self.temperature if temperature is None else temperature,
-            seed=self.seed,
-            stop_ids=self.tokenizer.stop_ids,
-            vocab_size=self.tokenizer.vocab_size,
-            slots=self.slots,
-        )
+    def generate(self, prompts, n=1, first=0, **changes):
+        """`generate` as this policy is sampled, but for `changes` of its `Sampling`."""
+        ends = dict(stop_ids=self.tokenizer.stop_ids, vocab_size=self.tokenizer.vocab_size)
+        sampling = replace(self.sampling, **ends, **changes)
+        samples = generate(self.model, prompts, n, first=first, slots=self.slots, **vars(sampling))
         self.decoded += sum(len(ids) for row in samples for ids in row)
         return samples
 
+    def save_settings(self, folder, **world):
+        """Write POLICY_FILE: what a program that loads the saved model should know of it."""
+        known = dict(
+            prompt=self.prompt_format,
+            max_new_tokens=self.sampling.max_new_tokens,
+            temperature=self.sampling.temperature,
+        )
+        write_json(Path(folder) / POLICY_FILE, known | world)
+
 
 def load_policy(folder, c, train=False):
-    """The policy of the model and tokenizer in `folder` and the flags `c`.
+    """The policy of the model and tokenizer in `folder` and the flags `c`, to train or to sample.
 
-    Weights to train are float32, weights to sample from have the dtype of the activations.
+    Weights to train are float32. Those to sample from are so, too, unless --sampling-dtype says
+    otherwise: a short fine-tune moves weights by less than bfloat16 resolves.
     """
     if not folder:
         raise UserError("--model is missing: it names a Hugging Face folder")
+    if "\\n" in c.prompt:
+        note(
+            f"--prompt {c.prompt} holds a backslash and an n, not a line break, which $'...' makes"
+        )
     if c.dtype not in ("", "float32", "bfloat16"):
         raise UserError(f"--dtype {c.dtype} is not float32 or bfloat16")
     device = pick_device(c.device)
-    dtype = c.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    weights = torch.float32 if train else getattr(torch, dtype)
+    weights = torch.float32 if train else getattr(torch, c.sampling_dtype)
     # FSDP2 moves its parts of the model to the device by itself
-    place = "cpu" if train and WORLD > 1 else device
+    place = "cpu" if train and PROCESSES > 1 else device
     model = GPT.from_pretrained(folder, dtype=weights, device=place)
-    tokenizer = Tokenizer.from_pretrained(folder)
-    if max(tokenizer.stop_ids) >= model.config.vocab_size:
-        raise UserError(
-            f"{folder}: the end of text is token {max(tokenizer.stop_ids)}, but the "
-            f"model has {model.config.vocab_size}"
-        )
-    tokenizer.vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
     policy = Policy(
         model,
-        tokenizer,
-        c.prompt,
-        c.max_new_tokens,
-        c.temperature,
-        c.seed,
-        c.slots or None,
-        device,
-        dtype,
+        load_tokenizer(folder, model.config.vocab_size),
+        prompt_format=c.prompt,
+        sampling=Sampling(c.max_new_tokens, temperature=c.temperature, seed=c.seed),
+        slots=c.slots or None,
+        device=device,
+        dtype=c.dtype or ("bfloat16" if device.startswith("cuda") else "float32"),
+        folder=str(folder),
     )
     if device == "cpu":
         small = sum(p.numel() for p in model.parameters()) < 5_000_000
-        cores = max(1, (os.cpu_count() or 1) // WORLD)
+        cores = THREADS  # of a process, if OMP_NUM_THREADS says so
+        if "OMP_NUM_THREADS" not in os.environ:
+            cores = max(1, THREADS // PROCESSES)
         torch.set_num_threads(c.threads or min(cores, 2 if small else cores))
         if not small:
             policy.samples_at_once = 512
     return policy
+
+
+def load_tokenizer(folder, vocab_size):
+    """The tokenizer of a model folder, without tokens that the model has no row for."""
+    tokenizer = Tokenizer.from_pretrained(folder)
+    last = max(tokenizer.stop_ids)
+    if last >= vocab_size:
+        raise UserError(
+            f"{folder}: the end of text is token {last}, but the model has {vocab_size}"
+        )
+    tokenizer.vocab_size = min(tokenizer.vocab_size, vocab_size)
+    return tokenizer
 
 
 def pick_device(name):
@@ -790,6 +917,7 @@ def pick_device(name):
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32: products of float32 numbers, fast
     return device
 
 
@@ -798,14 +926,19 @@ def pick_device(name):
 
 def shard(items):
     """This process's part of a list, one block of it."""
-    return items[len(items) * RANK // WORLD : len(items) * (RANK + 1) // WORLD]
+    return items[len(items) * RANK // PROCESSES : len(items) * (RANK + 1) // PROCESSES]
+
+
+def wait_for_all():
+    """Wait until all processes are here."""
+    gather([])
 
 
 def gather(mine):
     """The lists of all processes, joined, in each of them. Waits for them all."""
-    if WORLD == 1:
+    if PROCESSES == 1:
         return mine
-    parts = [None] * WORLD
+    parts = [None] * PROCESSES
     dist.all_gather_object(parts, mine)
     return [item for part in parts for item in part]
 
@@ -820,7 +953,7 @@ def progress(name, unit, total, done):
 
 def run_program(main):
     """Run a program. Errors that the user can fix are one line and exit code 2."""
-    if WORLD > 1:
+    if PROCESSES > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")
@@ -829,7 +962,7 @@ def run_program(main):
     except KeyboardInterrupt:
         leave(130, "stopped; the same command goes on from here")
     except (UserError, CheckpointError, OSError, UnicodeError, SafetensorError) as error:
-        leave(2, f"error: {' '.join(str(error).split())}")
+        leave(2, printable(f"error: {' '.join(str(error).split())}"))
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -838,19 +971,19 @@ def run_program(main):
             "error: out of memory; the same command goes on from here with lower "
             "--micro-tokens or --slots, or with --gradient-checkpointing 1",
         )
-    if WORLD > 1:
+    if PROCESSES > 1:
         dist.destroy_process_group()
 
 
 def out_of_memory(error):
     """Whether an error says that memory ran out, on a GPU or on a CPU."""
-    words = ("out of memory", "allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    words = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def leave(code, message):
     """Print one line and exit. Of several processes the first to fail prints it."""
-    if WORLD > 1 and dist.distributed_c10d._get_default_store().add("failed", 1) > 1:
+    if PROCESSES > 1 and dist.distributed_c10d._get_default_store().add("failed", 1) > 1:
         time.sleep(10)  # torchrun ends this process as soon as the first one has left
         os._exit(code)
     for bar in list(tqdm._instances):  # an open bar would share its line with the message
@@ -862,50 +995,106 @@ def leave(code, message):
 # ---------------------------------------------------------------- command line
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
 @dataclass
 class PolicyFlags:
-    """The flags that all three programs share. None: the task's default, from data.PRESETS.
+    """The flags that all three programs share. None: what the model was trained with, as the
+    policy.json of its folder says, else the task's default, from data.PRESETS.
 
     A run may go on with model and data in another place: their hashes must stay, not their paths.
     """
 
-    model: str | None = flag(None, "Hugging Face folder to start from", group="run", free=True)
+    model: str | None = flag(None, "Hugging Face folder to start from", group="run", stage="")
     seed: int = flag(0, "random seed", least=0)
-    data: str = flag("arithmetic", "arithmetic, or a JSONL file", group="data", free=True)
+    data: str = flag("arithmetic", "arithmetic, or a JSONL file", group="data", stage="")
     prompt: str | None = flag(None, "prompt format; {question} is replaced")
+    spurious: float | None = flag(None, "arithmetic: rate of spurious steps", least=0, most=1)
+    steps: int | None = flag(None, "arithmetic: numbers that count", least=1)
+    distractors: int | None = flag(None, "arithmetic: numbers that do not count", least=0)
     max_new_tokens: int | None = flag(None, "tokens a solution may have", group="sampling", least=1)
-    temperature: float | None = flag(None, "sampling temperature", least=1e-6)
-    dtype: str = flag("", "of activations; empty = bfloat16 on cuda, else float32", group="machine")
-    device: str = flag("", "cpu, cuda or mps; empty = cuda where there is one", free=True)
-    slots: int = flag(0, "rows that decode together; 0 = as fit in memory", least=0, free=True)
-    threads: int = flag(0, "CPU threads; 0 = two for a small model, else all", least=0, free=True)
+    temperature: float | None = flag(None, "sampling temperature", least=1e-6, stage="pos")
+    sampling_dtype: str = flag("float32", "of the weights that are sampled", choices=DTYPES)
+    dtype: str = flag("", "of activations in training; empty = bfloat16 on cuda", group="machine")
+    device: str = flag("", "cpu, cuda or mps; empty = cuda where there is one", stage="")
+    slots: int = flag(0, "rows that decode together; 0 = as fit in memory", least=0, stage="")
+    threads: int = flag(0, "CPU threads; 0 = two for a small model, else all", least=0, stage="")
+
+
+def world_flags(c):
+    """What the flags say of the built-in task; {} for a file."""
+    if c.data != "arithmetic":
+        return {}
+    return dict(spurious=c.spurious, steps=c.steps, distractors=c.distractors)
+
+
+def how_prompted(c):
+    """A line that says how a policy is prompted and sampled, and in which world, and what of it is
+    not as the model was trained."""
+    used = dict(prompt=c.prompt, max_new_tokens=c.max_new_tokens, temperature=c.temperature)
+    used |= world_flags(c)
+    known = read_json(Path(c.model) / POLICY_FILE)
+    others = {name: known[name] for name in used if name in known and known[name] != used[name]}
+    text = ", ".join(f"{name} {value!r}" for name, value in used.items())
+    if not known:
+        return f"{text}; its folder does not say how it was trained"
+    return f"{text}; trained with {others}" if others else f"{text}, as it was trained"
+
+
+def read_data(c, split, enough):
+    """(problems, their hash), --limit of them; 0 is all of a file, `enough` of the built-in task.
+    The hash is that of any number of problems from the same source."""
+    if c.data == "arithmetic":
+        problems = load_problems(c.data, split, c.limit or enough, **world_flags(c))
+        return problems, content_hash(problems[:1])
+    problems = load_problems(c.data)
+    return problems[: c.limit or None], content_hash(problems)
+
+
+def counted(samples):
+    """How many samples, {problem id: its samples}, and what share is right and did not end."""
+    drawn = [s for row in samples.values() for s in row]
+    right = np.mean([s["correct"] for s in drawn])
+    unended = np.mean([not s["ended"] for s in drawn])
+    text = f"{len(drawn)} samples of {len(samples)} problems, {right:.1%} correct"
+    return text + (f", {unended:.1%} did not end" if unended else "")
 
 
 @dataclass
 class RolloutFlags(PolicyFlags):
-    out: str = flag("runs/rollouts", "folder for the rollouts", group="run", free=True)
-    limit: int = flag(100, "the first problems only; 0 = all of a file", group="data", least=0)
-    samples: int | None = flag(None, "samples a problem", group="sampling", least=1)
-    rollouts: int = flag(0, "K: continuations per prefix; 0 = no values", group="values", least=0)
-    scan: str = flag("first", "steps to value: to the first pit, or all", choices=SCANS)
+    out: str = flag("runs/rollouts", "folder for the rollouts", group="run", stage="")
+    limit: int = flag(0, "problems; 0 = all of a file, or 100", group="data", least=0, stage="")
+    samples: int | None = flag(None, "of a problem", group="sampling", least=1, stage="values")
+    rollouts: int = flag(0, "K a prefix; 0 = no values", group="values", least=0, stage="values")
+    scan: str = flag("first", "values to the first pit, or all", choices=SCANS, stage="values")
 
 
 def main():
     c = apply_presets(parse_flags(RolloutFlags, __doc__))
-    problems = load_problems(c.data, limit=c.limit)
+    problems, data_hash = read_data(c, "train", enough=100)
     policy = load_policy(c.model, c)
     policy.prompt(problems[0])  # a wrong prompt format fails here, before anything is written
+    c.device = policy.device
     out = Path(c.out)
-    hashes = dict(data_hash=content_hash(problems), model_hash=folder_hash(c.model))
-    claim_folder(c, out / "rollout_config.json", **hashes)
-    samples = sample(policy, problems, out / "rollouts.jsonl", c.samples)
-    verdicts = [s["correct"] for drawn in samples.values() for s in drawn]
-    print(f"{len(verdicts)} samples, {np.mean(verdicts):.1%} correct, in {out}")
+    values = sorted(out.glob("values.jsonl"))
+    sampled = sorted(out.glob("samples.jsonl")) + values
+    claim_folder(
+        c,
+        out / "rollout_config.json",
+        dict(sft=sampled, pos=sampled, values=values),
+        data_hash=("sft", data_hash),
+        model_hash=("sft", folder_hash(c.model)),
+    )
+    wait_for_all()
+    samples = sample(policy, problems, out / "samples.jsonl", c.samples)
+    print(f"{counted(samples)}, in {out}; {how_prompted(c)}")
     if c.rollouts:
         by_id = {problem.id: problem for problem in problems}
         solutions = solutions_to_value(policy, problems, samples, wrong=c.samples)
-        first_pits(policy, by_id, solutions, out / "values.jsonl", k=c.rollouts, scan=c.scan)
-        print(f"{len(solutions)} wrong solutions valued; {policy.decoded} tokens sampled")
+        value_steps(policy, by_id, solutions, out / "values.jsonl", k=c.rollouts, scan=c.scan)
+        tokens = sum(gather([policy.decoded]))
+        print(f"{len(solutions)} wrong solutions valued; {tokens} tokens sampled")
 
 
 if __name__ == "__main__":

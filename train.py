@@ -11,12 +11,13 @@ correct continuation from just before it more likely than that step.
 
     python train.py --mode neg         # the built-in task, from its base to a table, in minutes
     python train.py --mode pos         # the same folder: reuses what is there
+    python train.py --mode pos --rounds 2     # positives once more, from pos: what neg is held to
     python train.py --mode neg --model FOLDER --data problems.jsonl --test-data test.jsonl
 
-    NLL    - sum over response tokens of log pi(y_t | x, y_<t), divided by the tokens of the batch
-    Eq. 1  - log sigmoid( beta log pi(+y|x)/ref(+y|x) - beta log pi(-y|x)/ref(-y|x) )
+    NLL    loss = -sum over response tokens of log pi(y_t | x, y_<t), over the tokens of the batch
+    Eq. 1  loss = -log sigmoid( beta log pi(+y|x)/ref(+y|x) - beta log pi(-y|x)/ref(-y|x) )
     Eq. 2, 3   values and advantages of steps: rollout.py
-    Eq. 4  - sum over steps i of exp(A_i / beta) log pi(y_i | x, y_<i)               (--loss awr)
+    Eq. 4  loss = -sum over steps i of exp(A_i / beta) log pi(y_i | x, y_<i)         (--loss awr)
 
 Differences from the paper:
 1. pos trains on D and D+ together; the paper's RFT set is D+ alone, from many more samples.
@@ -28,6 +29,7 @@ Differences from the paper:
 import csv
 import math
 import os
+import shutil
 import time
 from collections import defaultdict
 from contextlib import nullcontext
@@ -39,49 +41,73 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import distribute_tensor
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 from data import RANK, SPLITS, UserError, apply_presets, claim_folder, content_hash, flag
-from data import folder_hash, load_problems, parse_flags, rank_zero_only, write_json, write_rows
-from evaluate import evaluate, movement, pit_report, remarks, table
-from model import GPT
-from rollout import PAIR_FORMS, SCANS, WORLD, Example, Pair, PolicyFlags, advantages, first_pits
-from rollout import gather, load_policy, make_pairs, most_diverse, pair_row, progress, run_program
-from rollout import sample, solutions_to_value
+from data import file_hash, folder_hash, is_lucky, load_problems, note, parse_flags, printable
+from data import rank_zero_only, read_json, split_of, write_json, write_rows
+from evaluate import evaluate, pair_trend, pit_report, report
+from model import GPT, save_tensors, token_logps
+from rollout import PAIR_FORMS, PROCESSES, SCANS, Example, Pair, PolicyFlags, advantages
+from rollout import ask_pits_again, counted, gather, load_policy, make_pairs, most_diverse, pair_row
+from rollout import progress, run_program, sample, solutions_to_value, value_steps
+from rollout import wait_for_all, world_flags
 
 # ---------------------------------------------------------------- the method
+
+
+def run(c):
+    """The whole of it, as far as --mode says. Stages that are done are not done again."""
+    train, test, held_out = prepare(c)
+    train_sft(c, train)
+    if c.mode in ("pos", "neg"):
+        train_pos(c, train)
+    if c.mode == "pos":
+        train_pos_again(c, train)
+    if c.mode == "neg":
+        train_neg(c, train)
+    evaluate_all(c, test, held_out)
 
 
 def train_sft(c, problems):
     """SFT: imitate the teacher's solutions, D. An early copy becomes the generator, which still
     makes mistakes on its own training problems."""
     base = load_policy(c.model, c, train=True)
-    examples = teacher_examples(base, problems)
     early_copy = None
     if generator_folder(c).name == "generator":
         early_copy = (c.generator_epochs, generator_folder(c))
-    fit(base, examples, nll, c, "sft", epochs=c.sft_epochs, lr=c.lr, early_copy=early_copy)
+    items = teacher_examples(base, problems)
+    fit(base, items, nll, c, "sft", epochs=c.sft_epochs, lr=c.lr, early_copy=early_copy)
 
 
 def train_pos(c, problems):
     """Positives (RFT): train the base again, on D and on D+, the most diverse of the generator's
     own correct solutions."""
     folder = generator_folder(c)
-    samples = sample_own_problems(load_policy(folder, c), problems, folder, c)
+    samples = sample_own_problems(load_policy(folder, c), problems, c)
     base = load_policy(c.model, c, train=True)
-    examples = teacher_examples(base, problems)
-    for problem in problems:
-        correct = [s for s in samples[problem.id] if s["correct"]]
-        for s in most_diverse(correct, c.keep):
-            examples.append(Example(problem.id, base.prompt(problem), s["ids"]))
-    if not examples:
+    items = teacher_examples(base, problems) + own_examples(base, problems, samples, c.keep)
+    if not items:
         raise UserError(f"{folder}: no sample is correct, so there is nothing for pos to imitate")
-    fit(base, examples, nll, c, "pos", epochs=c.pos_epochs, lr=c.lr)
+    fit(base, items, nll, c, "pos", epochs=c.pos_epochs, lr=c.lr)
+
+
+def train_pos_again(c, problems):
+    """Positives once more (as in STaR and ReST-EM), what most people would do instead of negatives:
+    each further round trains the policy before it, on its own correct solutions alone."""
+    folder = Path(c.out) / "pos"
+    for i in range(2, c.rounds + 1):
+        policy = load_policy(folder, flags_of_round(c, i - 1))
+        samples = sample_own_problems(policy, problems, c)
+        start = load_policy(folder, c, train=True)
+        items = own_examples(start, problems, samples, c.keep)
+        if not items:
+            print(f"pos{i} is not trained: no sample of {folder} is correct")
+            return
+        fit(start, items, nll, c, f"pos{i}", epochs=c.again_epochs, lr=c.again_lr)
+        folder = Path(c.out) / f"pos{i}"
 
 
 def train_neg(c, problems):
@@ -90,17 +116,9 @@ def train_neg(c, problems):
     by_id = {problem.id: problem for problem in problems}
     folder = Path(c.out) / "pos"
     for i in range(1, c.rounds + 1):
-        # a round has random numbers of its own
-        policy = load_policy(folder, replace(c, seed=c.seed + 1000 * i))
-        samples = sample_own_problems(policy, problems, folder, c)
-        correct = c.keep if c.loss == "awr" else 0  # Eq. 4 weighs the steps of correct ones, too
-        solutions = solutions_to_value(
-            policy, problems, samples, wrong=c.negatives, correct=correct
-        )
-        path = folder / "values.jsonl"
-        first_pits(policy, by_id, solutions, path, k=c.rollouts, scan=c.scan)  # Eq. 2, Eq. 3
-        tokens = sum(gather([policy.decoded]))
-        print(f"{pit_report(by_id, solutions, c.rollouts)}; {tokens} tokens sampled")
+        policy = load_policy(folder, flags_of_round(c, i))
+        samples = sample_own_problems(policy, problems, c)
+        solutions = valued_solutions(policy, by_id, samples, c)  # Eq. 2, Eq. 3
         if c.loss == "awr":
             items = [weighted_example(policy, by_id[s.id], s, c.beta) for s in solutions]
         else:
@@ -123,23 +141,89 @@ def generator_folder(c):
     return Path(c.out) / ("generator" if early else "sft")
 
 
+def flags_of_round(c, i):
+    """The flags with random numbers of their own: i = 1 for samples of pos, 2 for those of the
+    policy after it, and so on."""
+    return replace(c, seed=c.seed + 1000 * i)
+
+
 def teacher_examples(policy, problems):
     """D, the problems that have a solution, as examples."""
     return [Example(p.id, policy.prompt(p), policy.solution(p)) for p in problems if p.solution]
 
 
-def sample_own_problems(policy, problems, folder, c):
-    """The policy's samples of its training problems: rollouts.jsonl in the policy's own folder."""
-    samples = sample(policy, problems, folder / "rollouts.jsonl", c.samples)
-    verdicts = [s["correct"] for drawn in samples.values() for s in drawn]
-    print(f"{folder.name} is right on {np.mean(verdicts):.1%} of its samples")
+def own_examples(policy, problems, samples, keep):
+    """D+, at most `keep` correct samples of each question, the most diverse, as examples."""
+    examples = []
+    for problem in one_of_each_question(problems):
+        correct = [s for s in samples[problem.id] if s["correct"]]
+        for s in most_diverse(correct, keep):
+            examples.append(Example(problem.id, policy.prompt(problem), s["ids"]))
+    return examples
+
+
+def one_of_each_question(problems):
+    """A file may hold a question several times, with other solutions: it is sampled once."""
+    first = {}
+    for problem in problems:
+        first.setdefault(problem.question, problem)
+    return list(first.values())
+
+
+def sample_own_problems(policy, problems, c):
+    """The policy's samples of its training problems: samples.jsonl in the policy's own folder."""
+    folder = Path(policy.folder)
+    problems = one_of_each_question(problems)
+    samples = sample(policy, problems, folder / "samples.jsonl", c.samples)
+    print(f"{folder.name}: {counted(samples)}", end="")
+    if c.data == "arithmetic":
+        lucky = []
+        for problem in problems:
+            lucky += [is_lucky(problem, s["text"]) for s in samples[problem.id] if s["correct"]]
+        print(f"; {np.mean(lucky or [0]):.1%} of the correct ones hold a wrong step", end="")
+    print()
     return samples
+
+
+def valued_solutions(policy, by_id, samples, c):
+    """Samples with the values of their steps: values.jsonl in the policy's own folder. Prints what
+    there is to say of their first pits."""
+    folder = Path(policy.folder)
+    correct = c.keep if c.loss == "awr" else 0  # Eq. 4 weighs the steps of correct ones, too
+    problems = [by_id[id] for id in samples]
+    solutions = solutions_to_value(policy, problems, samples, wrong=c.negatives, correct=correct)
+    value_steps(policy, by_id, solutions, folder / "values.jsonl", k=c.rollouts, scan=c.scan)
+    again = ask_pits_again(policy, by_id, solutions, folder / "pits.jsonl", k=3 * c.rollouts)
+    tokens = sum(gather([policy.decoded]))
+    print(f"{pit_report(by_id, solutions, again)}; {tokens} tokens sampled")
+    return solutions
 
 
 def weighted_example(policy, problem, solution, beta):
     """A valued solution with Eq. 4's weight on each of its tokens."""
     weights = awr_weights(solution, beta)
     return Example(problem.id, policy.prompt(problem), solution.ids, weights)
+
+
+def evaluate_all(c, test, held_out):
+    """The table of all models in the run folder: results.json."""
+    out = Path(c.out)
+    results = {}
+    for name in ("sft", *rounds_of(out, "pos"), *rounds_of(out, "neg")):
+        policy = load_policy(out / name, c)
+        results[name] = evaluate(policy, test, out / name / "eval", c.eval_samples)
+        results[name] |= pair_trend(out / "metrics.csv", name)
+        if held_out:
+            kept_out = evaluate(policy, held_out, out / name / "held_out")
+            results[name]["held_out"] = kept_out["accuracy"]
+    write_json(out / "results.json", results)
+    print(report(results))
+
+
+def rounds_of(out, stage):
+    """The names of the models of a stage: pos, pos2, ..."""
+    names = [path.parent.name for path in out.glob(f"{stage}*/model.safetensors")]
+    return sorted(names, key=lambda name: (len(name), name))
 
 
 # ---------------------------------------------------------------- losses
@@ -150,7 +234,7 @@ def weighted_example(policy, problem, solution, beta):
 
 def nll(model, examples, c):
     """Negative log-likelihood of the response tokens, weighted where Eq. 4 says so."""
-    logps = token_logps(model, examples)
+    logps = token_logps(model, [example.sequence for example in examples])
     log = {"nll": -logps.detach().sum()}
     if examples[0].weights is not None:
         weights = [torch.tensor(example.weights) for example in examples]
@@ -166,24 +250,24 @@ def dpo(model, pairs, c):
 LOSSES = {"dpo": dpo, "awr": nll}  # of neg; awr is on weighted solutions, any other on pairs
 
 
-def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, c):
     """Eq. 1 from summed log-probabilities, all (B,). Returns losses and margins, (B,) each; where
     the policy is the reference they are ln 2 and 0."""
-    margins = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    margins = c.beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     return -F.logsigmoid(margins), margins
 
 
 def pair_loss(model, pairs, c, formula):
-    """A loss on pairs with the formula of `dpo_loss` or one like it. --nll adds the likelihood of
-    the chosen text, per token."""
+    """A loss on pairs with the formula of `dpo_loss` or one like it. --nll adds the likelihood
+    of the chosen text, per token."""
     chosen, rejected = pair_logps(model, pairs)
     reference = torch.tensor([pair.reference for pair in pairs], device=chosen.device)
-    losses, margins = formula(chosen, rejected, reference[:, 0], reference[:, 1], c.beta)
+    losses, margins = formula(chosen, rejected, reference[:, 0], reference[:, 1], c)
     lengths = torch.tensor([len(pair.chosen) for pair in pairs], device=chosen.device)
     chosen_nll = -chosen / lengths
     log = dict(
         nll=chosen_nll,
-        dpo=losses,
+        pair_loss=losses,
         margin=margins,
         accuracy=(margins > 0).float(),
         chosen=chosen,
@@ -207,82 +291,10 @@ def pair_logps(model, pairs):
 
     Eq. 1 has sums, not means, so a long text weighs more than a short one.
     """
-    logps = token_logps(model, pairs)
+    logps = token_logps(model, [pair.sequence for pair in pairs])
     lengths = [len(response) for pair in pairs for response in (pair.chosen, pair.rejected)]
     sums = torch.stack([part.sum() for part in logps.split(lengths)])
     return sums[0::2], sums[1::2]
-
-
-def token_logps(model, items):
-    """log pi of every response token of Examples or Pairs, float32 (N,), response after response.
-
-    The one place that shifts and masks. Logits exist only where responses are predicted, some
-    hundred MB of them at a time, and are computed again in the backward pass: in float32 and over
-    a large vocabulary they are what runs out of memory first.
-    """
-    batch = collate([item.sequence for item in items], model.norm.weight.device)
-    hidden = model.hidden(batch.ids, positions=batch.positions, branches=batch.branches)
-    hidden = hidden[batch.rows, batch.columns]  # (N, C)
-
-    def logps(hidden, targets):
-        return -F.cross_entropy(model.logits(hidden).float(), targets, reduction="none")
-
-    logits_at_a_time = 2**27 if hidden.is_cuda else 2**24
-    chunk = max(1, logits_at_a_time // model.config.vocab_size)
-    if len(hidden) <= chunk:
-        return logps(hidden, batch.targets)
-    parts = []
-    for h, targets in zip(hidden.split(chunk), batch.targets.split(chunk), strict=True):
-        parts.append(checkpoint(logps, h, targets, use_reentrant=False))
-    return torch.cat(parts)
-
-
-@dataclass
-class Batch:
-    """Sequences as the model reads them, and where it predicts their response tokens."""
-
-    ids: torch.Tensor  # int64 (B, T), padded on the right
-    positions: torch.Tensor | None  # int64 (B, T), where a row has two responses
-    branches: torch.Tensor | None  # int64 (B, T): 0 the prompt, 1 and 2 its responses, -1 padding
-    rows: torch.Tensor  # int64 (N,), of every response token: its row,
-    columns: torch.Tensor  # the column that predicts it,
-    targets: torch.Tensor  # and the token itself
-
-
-def collate(sequences, device):
-    """Batch of (prompt, response) or (prompt, chosen, rejected) sequences of token ids.
-
-    Each row is a prompt followed by its responses, each without its last token, which predicts
-    nothing. All masks come from lengths, because padding may equal the end of text.
-    """
-    ids, positions, branches = [], [], []
-    rows, columns, targets = [], [], []
-    for row, (prompt, *responses) in enumerate(sequences):
-        x = list(prompt)
-        position = list(range(len(prompt)))
-        branch = [0] * len(prompt)
-        for number, response in enumerate(responses, 1):
-            n = len(response)
-            rows += [row] * n
-            # the prompt's last token predicts the first token of each response
-            columns += [len(prompt) - 1, *range(len(x), len(x) + n - 1)]
-            targets += response
-            x += response[:-1]
-            position += range(len(prompt), len(prompt) + n - 1)
-            branch += [number] * (n - 1)
-        ids.append(torch.from_numpy(np.array(x)))
-        positions.append(torch.from_numpy(np.array(position)))
-        branches.append(torch.from_numpy(np.array(branch)))
-
-    def pad(tensors, value=0):
-        return pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
-
-    places = torch.from_numpy(np.array([rows, columns, targets])).to(device)
-    batch = Batch(pad(ids), None, None, *places)
-    if any(len(sequence) > 2 for sequence in sequences):
-        batch.positions = pad(positions)
-        batch.branches = pad(branches, value=-1)
-    return batch
 
 
 # ---------------------------------------------------------------- the loop
@@ -299,28 +311,11 @@ def fit(policy, items, loss, c, name, *, epochs, lr, early_copy=None):
     if (folder / "model.safetensors").exists():
         remove_checkpoint(folder)  # a kill may have come after save() and before this
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_half_written(folder)
-    model = policy.model
-    model.gradient_checkpointing = bool(c.gradient_checkpointing)
-    if WORLD > 1:
-        shard_model(model, policy)
-    weights = dict(model.named_parameters())
-    betas = (0.9, 0.99)
-    optimizer = torch.optim.AdamW(
-        weights.values(), lr=lr, betas=betas, weight_decay=c.weight_decay, fused=True
-    )
-    steps = 0
-    if epochs > 0:
-        steps = max(1, round(epochs * len(items) / c.batch))
-        show(policy, items[0])
-    if items and isinstance(items[0], Pair):
-        add_reference(policy, items, c)
-        if WORLD > 1:
-            model.reshard()  # its forward left the root whole, load_checkpoint writes to the parts
-    start = load_checkpoint(folder, weights, optimizer)
+    steps = max(1, round(epochs * len(items) / c.batch)) if epochs > 0 else 0
+    weights, optimizer, start = set_up(policy, items, c, folder, steps)
     log = Log(Path(c.out) / "metrics.csv", name, start, steps)
     saved = time.monotonic()
+    copy_early(policy, c, early_copy, start, steps / (epochs or 1))
     for step in range(start, steps):
         batch = [items[i] for i in batch_indices(len(items), c.batch, step, c.seed)]
         sums = forward_backward(policy, batch, loss, c)
@@ -331,34 +326,75 @@ def fit(policy, items, loss, c, name, *, epochs, lr, early_copy=None):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         log.write(step, metrics, optimizer.param_groups[0]["lr"], batch)
-        if early_copy and step + 1 == max(1, round(steps * early_copy[0] / epochs)):
-            save(policy, early_copy[1])
+        copy_early(policy, c, early_copy, step + 1, steps / epochs)
         if any(gather([time.monotonic() - saved > c.save_seconds])):
             save_checkpoint(folder, weights, optimizer, step + 1)
             saved = time.monotonic()
     log.close()
-    save(policy, folder)
+    save(policy, folder, c)
     remove_checkpoint(folder)
 
 
+def set_up(policy, items, c, folder, steps):
+    """What the loop starts from: (weights by name, optimizer, number of steps done before)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_half_written(folder)
+    model = policy.model
+    model.gradient_checkpointing = bool(c.gradient_checkpointing)
+    if PROCESSES > 1:
+        shard_model(model, policy)
+    weights = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        weights.values(), betas=(0.9, 0.99), weight_decay=c.weight_decay, fused=True
+    )
+    if steps > 0:
+        show(policy, items[0])
+    if items and isinstance(items[0], Pair):
+        add_reference(policy, items, c)
+        if PROCESSES > 1:
+            model.reshard()  # its forward left the root whole, load_checkpoint writes to the parts
+    start = load_checkpoint(folder, weights, optimizer)
+    if start == 0:
+        remove_products(folder)
+    return weights, optimizer, start
+
+
+def copy_early(policy, c, early_copy, step, steps_per_epoch):
+    """Save the copy of a model in training, if it is due after this step."""
+    if early_copy is None:
+        return
+    epochs, folder = early_copy
+    due = round(epochs * steps_per_epoch)
+    if epochs > 0:
+        due = max(1, due)
+    if step == due:
+        remove_products(folder)
+        save(policy, folder, c)
+
+
 def forward_backward(policy, batch, loss, c):
-    """Add the gradient of the mean loss over a batch, micro-batch by micro-batch. Returns the loss
-    and what it logs, {name: tensor}, as means over the batch, too."""
-    total = sum(item.loss_count for item in batch)  # so the micro-batch size changes no gradient
-    sums = defaultdict(float)
+    """Add the gradient of the mean loss over a batch, micro-batch by micro-batch:
+
+        gradient = gradient of the sum of the micro-batches' sums / count of the whole batch
+
+    so that the size of a micro-batch changes nothing. Returns the loss and what it logs, {name:
+    tensor}, as means over the batch, too.
+    """
+    count = sum(item.loss_count for item in batch)
+    means = defaultdict(float)
     for micro_batch, scale in my_micro_batches(batch, c.micro_tokens):
         with precision(policy):
             loss_sum, log = loss(policy.model, micro_batch, c)
-        (loss_sum * (scale / total)).backward()
+        (loss_sum / count * scale).backward()
         log["loss"] = loss_sum.detach()
         for name, value in log.items():
-            sums[name] += value * (scale / total)
-    return sums
+            means[name] += value / count * scale
+    return means
 
 
 def precision(policy):
     """float32 weights with activations of the policy's dtype. FSDP2 casts by itself."""
-    if policy.dtype == "float32" or WORLD > 1:
+    if policy.dtype == "float32" or PROCESSES > 1:
         return nullcontext()
     return torch.autocast(policy.model.norm.weight.device.type, getattr(torch, policy.dtype))
 
@@ -393,15 +429,16 @@ def micro_batches(items, tokens, processes=1):
 
 
 def my_micro_batches(items, tokens):
-    """This process's part of every micro-batch, and what to scale its loss by.
+    """The micro-batches of a batch, with a scale for each. With one process that is 1.
 
-    FSDP2 averages gradients over the processes, so the scale is WORLD. A process without items runs
-    one with scale 0, because all processes must run the same number of passes.
+    Several processes share each micro-batch. FSDP2 averages their gradients, which should be
+    summed, so the scale is their number. A process without items runs one with scale 0, because
+    all of them must run the same number of passes.
     """
     parts = []
-    for group in micro_batches(items, tokens, WORLD):
-        mine = group[RANK::WORLD]
-        parts.append((mine, WORLD) if mine else (group[:1], 0))
+    for group in micro_batches(items, tokens, PROCESSES):
+        mine = group[RANK::PROCESSES]
+        parts.append((mine, PROCESSES) if mine else (group[:1], 0))
     return parts
 
 
@@ -409,16 +446,15 @@ def my_micro_batches(items, tokens):
 def add_reference(policy, pairs, c):
     """Set the log-probabilities of all pairs under the reference, which is the policy before
     training. They are computed once, as the reference never changes."""
-    for pair in pairs:
-        pair.reference = None
+    number = {id(pair): i for i, pair in enumerate(pairs)}
+    mine = []
     for part, _ in my_micro_batches(pairs, c.micro_tokens):
         with precision(policy):
             chosen, rejected = pair_logps(policy.model, part)
-        for pair, logps in zip(part, torch.stack((chosen, rejected), 1).tolist(), strict=True):
-            pair.reference = logps
-    mine = [(i, pair.reference) for i, pair in enumerate(pairs) if pair.reference]
-    for i, reference in gather(mine):
-        pairs[i].reference = reference
+        logps = torch.stack((chosen, rejected), 1).tolist()
+        mine += [(number[id(pair)], both) for pair, both in zip(part, logps, strict=True)]
+    for i, both in gather(mine):
+        pairs[i].reference = both
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -437,7 +473,7 @@ def shard_model(model, policy):
     A layer's weights are whole only while it computes. Those of the root (embedding, last norm,
     head) stay whole from `hidden` until its backward pass, as `logits` reads them in between.
     """
-    mesh = init_device_mesh(torch.device(policy.device).type, (WORLD,))
+    mesh = init_device_mesh(torch.device(policy.device).type, (PROCESSES,))
     options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy())
     if policy.dtype == "bfloat16":
         options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
@@ -449,9 +485,8 @@ def shard_model(model, policy):
 
 # ---------------------------------------------------------------- the log
 
-COLUMNS = (
-    "stage step loss nll dpo margin accuracy chosen rejected lr grad_norm tokens_per_s".split()
-)
+COLUMNS = """stage step loss nll pair_loss margin accuracy chosen rejected lr grad_norm
+    tokens_per_s""".split()
 
 
 class Log:
@@ -497,12 +532,12 @@ class Log:
 
 def read_metrics(sums, norm):
     """The numbers of a step as floats, read from the device at once."""
-    if WORLD > 1:
+    if PROCESSES > 1:
         norm = norm.full_tensor()
     values = torch.stack([*sums.values(), norm])
-    if WORLD > 1:
+    if PROCESSES > 1:
         dist.all_reduce(values)  # the norm is the same everywhere
-        values = values / WORLD
+        values = values / PROCESSES
     return dict(zip([*sums, "grad_norm"], values.tolist(), strict=True))
 
 
@@ -513,7 +548,7 @@ def check_finite(metrics, name, step, batch):
     problems = ", ".join(sorted({item.id for item in batch}))
     raise UserError(
         f"{name}: loss {metrics['loss']} and gradient norm {metrics['grad_norm']} in step {step}, "
-        f"on problems {problems}; a lower --lr or --neg-lr may help, in another --out"
+        f"on problems {problems}; a lower --lr, --again-lr or --neg-lr may help"
     )
 
 
@@ -521,7 +556,7 @@ def show(policy, item):
     """Print one training item. Its prompt, in brackets, carries no loss."""
     prompt, *responses = [policy.tokenizer.decode(ids) for ids in item.sequence]
     names = ("response",) if len(responses) == 1 else ("chosen", "rejected")
-    print(f"the first item, its prompt in brackets: [{prompt}]")
+    print(f"the first item, its prompt in brackets: [{printable(prompt)}]")
     for name, response in zip(names, responses, strict=True):
         print(f"  {name}: {response!r}")
 
@@ -535,16 +570,16 @@ def whole_tensors(tensors):
     others get {}."""
     whole = {}
     for name, tensor in tensors.items():
-        if WORLD > 1:
+        if PROCESSES > 1:
             tensor = tensor.full_tensor()
         if RANK == 0:
             whole[name] = tensor.detach().cpu().contiguous()
     return whole
 
 
-def save(policy, folder):
-    """Save model and tokenizer as a Hugging Face folder. The weights come last: a folder that has
-    them is complete."""
+def save(policy, folder, c):
+    """Save model and tokenizer as a Hugging Face folder, with the prompt and how it is sampled. The
+    weights come last: a folder that has them is complete."""
     weights = whole_tensors(dict(policy.model.named_parameters()))
     remove_half_written(folder)
     if RANK == 0:
@@ -552,12 +587,34 @@ def save(policy, folder):
             model = GPT(policy.model.config)
         model.load_state_dict(weights, assign=True)
         policy.tokenizer.save(folder)
+        policy.save_settings(folder, **world_flags(c))
+        note_rounding(model, policy.folder, c.sampling_dtype)
         model.save_pretrained(folder)
-    gather([])  # no process reads the folder before it is there
+    wait_for_all()  # no process reads the folder before it is there
+
+
+def note_rounding(model, start, dtype):
+    """Say what share of the weights that training moved would be sampled as if it had not.
+
+    Released weights lie on the grid of bfloat16, and a short fine-tune moves most of them by less
+    than half of its unit: rounded to bfloat16 they are the base's again.
+    """
+    if dtype == "float32" or not start:
+        return
+    before = dict(GPT.from_pretrained(start).named_parameters())
+    kind = getattr(torch, dtype)
+    moved = 0
+    lost = 0
+    for name, weight in model.named_parameters():
+        changed = weight != before[name]
+        moved += changed.sum().item()
+        lost += (changed & (weight.to(kind) == before[name].to(kind))).sum().item()
+    if lost > 0.1 * moved:
+        note(f"sampling in {dtype} rounds {lost / moved:.0%} of the moved weights back to {start}")
 
 
 def save_checkpoint(folder, weights, optimizer, step):
-    """Weights and optimizer state in one file, under a temporary name and renamed."""
+    """Weights and optimizer state in one file."""
     tensors = {}
     for name, weight in weights.items():
         state = optimizer.state[weight]
@@ -566,9 +623,7 @@ def save_checkpoint(folder, weights, optimizer, step):
         tensors[f"exp_avg_sq.{name}"] = state["exp_avg_sq"]
     tensors = whole_tensors(tensors)
     if RANK == 0:
-        path = folder / "checkpoint.safetensors"
-        save_file(tensors, f"{path}.tmp", metadata={"step": str(step)})
-        os.replace(f"{path}.tmp", path)
+        save_tensors(tensors, folder / "checkpoint.safetensors", {"step": str(step)})
 
 
 def load_checkpoint(folder, weights, optimizer):
@@ -596,7 +651,7 @@ def restore(weight, file, name, optimizer, step):
         if tensor.shape != weight.shape:
             raise ValueError(f"{key}.{name} has shape {list(tensor.shape)}")
         tensor = tensor.to(weight.device)
-        if WORLD > 1:
+        if PROCESSES > 1:
             tensor = distribute_tensor(tensor, weight.device_mesh, weight.placements)
         state[key] = tensor
     weight.copy_(state.pop("weight"))
@@ -611,9 +666,23 @@ def remove_checkpoint(folder):
 
 @rank_zero_only
 def remove_half_written(folder):
-    """Remove what a kill left of a file: ours and safetensors' temporary ones."""
-    for path in folder.glob("*.tmp*"):
+    """Remove what a kill left of a file: our temporary ones, and those of safetensors."""
+    for path in [*folder.glob("*.tmp"), *folder.glob(".tmp??????")]:
         path.unlink()
+
+
+# What is made of a model, in its folder.
+PRODUCTS = "samples.jsonl values.jsonl pits.jsonl pairs.jsonl eval held_out".split()
+
+
+@rank_zero_only
+def remove_products(folder):
+    """Remove what was made of the model that stood in a folder before."""
+    for name in PRODUCTS:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- flags
@@ -624,52 +693,52 @@ MODES = ("sft", "pos", "neg")
 
 @dataclass
 class TrainFlags(PolicyFlags):
-    """The defaults that are None depend on the task: data.PRESETS."""
+    """The defaults that are None are what the model's policy.json says, else those of the task, in
+    data.PRESETS. The stage "again" is that of further rounds of pos."""
 
-    mode: str = flag("neg", "how far to train", group="run", choices=MODES, free=True)
-    out: str = flag("", "run folder; empty = runs/TASK", free=True)
-    rounds: int = flag(1, "rounds of neg; each starts from the policy before", least=1, free=True)
-    test_data: str = flag(
-        "", "JSONL to test on; empty: every tenth problem", group="data", free=True
-    )
-    split: str = flag("test", "arithmetic: what to test on; val to choose flags", choices=SPLITS)
+    mode: str = flag("neg", "how far to train", group="run", choices=MODES, stage="")
+    out: str = flag("", "run folder; empty = runs/TASK", stage="")
+    rounds: int = flag(1, "rounds of pos or neg, each from the policy before", least=1, stage="")
+    test_data: str = flag("", "JSONL to test on; empty: a tenth", group="data", stage="")
+    split: str = flag("test", "arithmetic: val to choose flags on", choices=SPLITS, stage="test")
     limit: int | None = flag(None, "training problems; 0 = all of a file", least=0)
-    test_limit: int | None = flag(None, "test problems; 0 = all of a file", least=0)
-    held_out: int | None = flag(
-        None, "training problems kept out, to see whether neg harms", least=0
-    )
-    spurious: float = flag(0.2, "arithmetic: chance of a spurious step", least=0, most=1)
-    steps: int = flag(4, "arithmetic: numbers that count", least=1)
-    distractors: int = flag(2, "arithmetic: numbers that do not count", least=0)
-    samples: int | None = flag(None, "samples a training problem", group="sampling", least=1)
-    eval_samples: int | None = flag(None, "samples a test problem, for pass@k", least=0)
-    keep: int = flag(4, "correct solutions kept a problem", group="values and pairs", least=0)
-    negatives: int | None = flag(None, "wrong solutions valued a problem", least=0)
-    rollouts: int | None = flag(None, "K: continuations per prefix of steps", least=1)
+    test_limit: int | None = flag(None, "test problems; 0 = all of a file", least=0, stage="")
+    held_out: int | None = flag(None, "training problems kept out, to see harm", least=0)
+    samples: int | None = flag(None, "samples a problem", group="sampling", least=1, stage="pos")
+    eval_samples: int | None = flag(None, "samples a test problem, for pass@k", least=0, stage="")
+    keep: int = flag(4, "correct solutions kept", group="values and pairs", least=0, stage="pos")
+    negatives: int | None = flag(None, "wrong solutions valued a problem", least=0, stage="values")
+    rollouts: int | None = flag(None, "K: continuations per prefix", least=1, stage="values")
     scan: str | None = flag(
-        None, "steps valued; by default full for awr, else first", choices=SCANS
+        None, "steps valued [awr full, else first]", choices=SCANS, stage="values"
     )
-    pairs: str = flag("continuation", "form of the pairs", choices=PAIR_FORMS)
-    loss: str = flag("dpo", "of neg: Eq. 1 on pairs, or Eq. 4", group="losses", choices=LOSSES)
-    beta: float = flag(0.3, "temperature of Eq. 1 and of Eq. 4", least=1e-6)
-    nll: float = flag(0.0, "weight of the likelihood of chosen beside Eq. 1", least=0)
+    pairs: str = flag("continuation", "form of the pairs", choices=PAIR_FORMS, stage="neg")
+    loss: str = flag("dpo", "Eq. 1 or Eq. 4", group="losses", choices=LOSSES, stage="neg")
+    beta: float = flag(0.3, "temperature of Eq. 1 and of Eq. 4", least=1e-6, stage="neg")
+    nll: float = flag(0.0, "weight of the likelihood of chosen beside Eq. 1", least=0, stage="neg")
     batch: int | None = flag(None, "examples or pairs a step", group="optimisation", least=1)
     lr: float | None = flag(None, "peak learning rate of sft and pos", least=0)
-    neg_lr: float | None = flag(None, "peak learning rate of neg", least=0)
+    again_lr: float | None = flag(
+        None, "peak rate of further rounds of pos", least=0, stage="again"
+    )
+    neg_lr: float | None = flag(None, "peak learning rate of neg", least=0, stage="neg")
     sft_epochs: float | None = flag(None, "epochs of sft; 0 = the model itself generates", least=0)
     generator_epochs: float | None = flag(None, "epochs of sft until the generator's copy", least=0)
-    pos_epochs: float | None = flag(None, "epochs of pos", least=0)
-    neg_epochs: float | None = flag(None, "epochs of neg", least=0)
+    pos_epochs: float | None = flag(None, "epochs of pos", least=0, stage="pos")
+    again_epochs: float | None = flag(
+        None, "epochs of further rounds of pos", least=0, stage="again"
+    )
+    neg_epochs: float | None = flag(None, "epochs of neg", least=0, stage="neg")
     warmup: float = flag(0.1, "share of the steps in which the rate rises", least=0, most=1)
     weight_decay: float = flag(0.01, "of AdamW", least=0)
     clip: float = flag(1.0, "largest gradient norm", least=1e-6)
-    micro_tokens: int = flag(8192, "padded tokens a pass", group="machine", least=1, free=True)
-    gradient_checkpointing: int = flag(0, "1: save memory, recompute", least=0, most=1, free=True)
-    save_seconds: float = flag(60.0, "seconds between checkpoints", least=0, free=True)
+    micro_tokens: int = flag(8192, "padded tokens a pass", group="machine", least=1, stage="")
+    gradient_checkpointing: int = flag(0, "1: save memory, recompute", least=0, most=1, stage="")
+    save_seconds: float = flag(60.0, "seconds between checkpoints", least=0, stage="")
 
 
 def resolve(c):
-    """Fill in what depends on the task and on other flags."""
+    """Fill in what depends on the task, on the model and on other flags."""
     c = apply_presets(c)
     c.out = c.out or f"runs/{Path(c.data).stem}"
     if c.loss == "awr" and c.scan == "first":
@@ -680,37 +749,92 @@ def resolve(c):
 
 def load_data(c):
     """(training problems, test problems, training problems that are held out)."""
-    most = c.limit and c.limit + c.held_out
     if c.data == "arithmetic":
-        world = dict(spurious=c.spurious, steps=c.steps, distractors=c.distractors)
-        problems = load_problems(c.data, "train", most, c.seed, **world)
-        test = load_problems(c.data, c.split, c.test_limit, **world)
+        most = c.limit and c.limit + c.held_out
+        problems = load_problems(c.data, "train", most, c.seed, **world_flags(c))
+        test = load_problems(c.data, c.split, c.test_limit, **world_flags(c))
     else:
-        problems = load_problems(c.data, limit=most)
+        problems = load_problems(c.data)
         if c.test_data:
-            test = load_problems(c.test_data, limit=c.test_limit)
+            test = load_problems(c.test_data)
         else:
-            test = problems[9::10][: c.test_limit or None]
-            problems = [problem for i, problem in enumerate(problems) if i % 10 != 9]
-        if not test:
-            raise UserError(
-                f"{c.data}: fewer than ten problems, none to test on without --test-data"
-            )
+            test = [problem for problem in problems if is_test(problem)]
+            problems = [problem for problem in problems if not is_test(problem)]
+        if not test or not problems:
+            raise UserError(f"{c.data}: too few problems to test on a tenth; name --test-data")
+        test = test[: c.test_limit or None]
+    # rows of one question stand together, so that the others can be held out
+    place = {problem.question: i for i, problem in reversed(list(enumerate(problems)))}
+    problems.sort(key=lambda problem: place[problem.question])
     # of a small file at most a twentieth is held out
     enough = len(problems) - min(c.held_out, len(problems) // 20)
-    cut = min(c.limit or enough, enough)
-    return problems[:cut], test, problems[cut : cut + c.held_out]
+    train = problems[: min(c.limit or enough, enough)]
+    asked = {problem.question for problem in train}
+    held_out = [problem for problem in problems[len(train) :] if problem.question not in asked]
+    both = sum(problem.question in asked for problem in test)
+    if both:
+        note(f"{both} of {len(test)} test problems have a question that is trained on")
+    return train, test, held_out[: c.held_out]
+
+
+def is_test(problem):
+    """Whether a problem of a file is one of the tenth to test on: by its question, so that neither
+    --limit nor a question that stands twice mixes the two."""
+    return split_of(f"file: {problem.question}") == "test"
+
+
+def prepare(c):
+    """Read the problems, check them, and claim the run folder. Returns what load_data does."""
+    out = Path(c.out)
+    train, test, held_out = load_data(c)
+    c.dtype = c.dtype or read_json(out / "config.json").get("dtype", "")
+    policy = load_policy(c.model, c, train=True)
+    check_problems(c, policy, train, test + held_out)
+    c.device = policy.device
+    c.dtype = policy.dtype
+    if c.sft_epochs == 0:  # no imitation: the model itself is the generator
+        train = [replace(problem, solution="") for problem in train]
+    claim_folder(
+        c,
+        out / "config.json",
+        made_by_stage(out),
+        data_hash=("sft", content_hash(train + held_out)),
+        test_hash=("test", "" if c.data == "arithmetic" else file_hash(c.test_data or c.data)),
+        model_hash=("sft", folder_hash(c.model)),
+    )
+    wait_for_all()
+    for name, problems in (("data", train), ("test", test)):  # a run can be read without its source
+        write_rows(out / f"{name}.jsonl", [asdict(problem) for problem in problems])
+    return train, test, held_out
+
+
+def made_by_stage(out):
+    """{stage: what it and later stages have made in the run folder}, for claim_folder."""
+    trained = sorted({path.parent for path in out.glob("*/*.safetensors")})
+    values = sorted(out.glob("*/values.jsonl"))
+    neg = [folder for folder in trained if folder.name.startswith("neg")]
+    pos = [folder for folder in trained if folder.name.startswith("pos")]
+    return dict(
+        sft=trained,
+        pos=pos + values + neg,
+        again=[folder for folder in pos if folder.name != "pos"],
+        values=values + neg,
+        neg=neg,
+        test=sorted(out.glob("*/eval")),
+    )
 
 
 def check_problems(c, policy, train, test):
     """Refuse, before anything is written, problems that training or sampling would fail on."""
     limit = policy.model.config.position_limit
-    for problem in train:
-        if not problem.solution and c.sft_epochs > 0:
-            raise UserError(
-                f"{c.data}: problem {problem.id} has no solution to imitate; with --sft-epochs 0 "
-                "the model itself is the generator"
-            )
+    unsolved = sum(not problem.solution for problem in train)
+    if c.sft_epochs > 0 and unsolved == len(train):
+        raise UserError(
+            f"{c.data}: no problem has a solution to imitate; with --sft-epochs 0 the model itself "
+            "is the generator"
+        )
+    if c.sft_epochs > 0 and unsolved:
+        note(f"{unsolved} of {len(train)} training problems have no solution to imitate")
     for problem in train + test:
         response = max(len(policy.solution(problem)), c.max_new_tokens)
         tokens = len(policy.prompt(problem)) + response - 1  # the last one is never read
@@ -719,38 +843,6 @@ def check_problems(c, policy, train, test):
                 f"problem {problem.id}: {tokens} tokens for prompt and solution, but the model has "
                 f"only {limit} positions"
             )
-
-
-# ---------------------------------------------------------------- command line
-
-
-def run(c):
-    out = Path(c.out)
-    train, test, held_out = load_data(c)
-    check_problems(c, load_policy(c.model, c, train=True), train, test + held_out)
-    if c.sft_epochs == 0:  # no imitation: the model itself is the generator
-        train = [replace(problem, solution="") for problem in train]
-    hashes = dict(data_hash=content_hash(train + test + held_out), model_hash=folder_hash(c.model))
-    claim_folder(c, out / "config.json", **hashes)
-    for name, problems in (("data", train), ("test", test)):  # a run can be read without its source
-        write_rows(out / f"{name}.jsonl", [asdict(problem) for problem in problems])
-    train_sft(c, train)
-    if c.mode in ("pos", "neg"):
-        train_pos(c, train)
-    if c.mode == "neg":
-        train_neg(c, train)
-    results = {}
-    negs = sorted((path.name for path in out.glob("neg*")), key=lambda name: (len(name), name))
-    for name in ("sft", "pos", *negs):
-        if (out / name / "model.safetensors").exists():
-            policy = load_policy(out / name, c)
-            results[name] = evaluate(policy, test, out / name / "eval", c.eval_samples)
-            results[name] |= movement(out / "metrics.csv", name)
-            if held_out:
-                kept_out = evaluate(policy, held_out, out / name / "held_out")
-                results[name]["held_out"] = kept_out["accuracy"]
-    write_json(out / "results.json", results)
-    print("\n".join([table(results), *remarks(results)]))
 
 
 def main():

@@ -19,8 +19,8 @@ from lab import LabFlags, against, arithmetic_cell, arm_rows, figure, publish, s
 from lab import spreads, sweep
 
 from data import judge_steps, parse_flags
-from evaluate import movement, q_by_step
-from rollout import advantages, find_first_pit, first_pits, make_pairs, run_program
+from evaluate import pair_trend, q_by_step
+from rollout import advantages, find_first_pit, value_steps, make_pairs, run_program
 from rollout import sample, solutions_to_value
 from train import awr_weights
 
@@ -114,7 +114,7 @@ def part_two(cell, policy, solutions):
     for s in low:
         prefix = s.through_step(s.first_pit - 1)
         prompts.append(policy.prompt(cell.by_id[s.id]) + prefix)
-        budgets.append(policy.max_new_tokens - len(prefix))
+        budgets.append(policy.sampling.max_new_tokens - len(prefix))
     # the same continuations that the values come from; a correct solution does not keep them
     continuations = policy.generate(prompts, cell.c.rollouts, max_new_tokens=budgets)
     for s, ways in zip(low, continuations, strict=True):
@@ -129,7 +129,7 @@ def part_two(cell, policy, solutions):
 
 def shifts(folder, stage):
     """How far training moved the summed log-probabilities of chosen and rejected."""
-    moved = movement(folder / "metrics.csv", stage)
+    moved = pair_trend(folder / "metrics.csv", stage)
     return {
         f"{side}_moved": round(moved[side][1] - moved[side][0], 3)
         for side in ("chosen", "rejected")
@@ -210,7 +210,7 @@ def q_under_all(cell, traces, k):
     for arm, name in folders.items():
         solutions = solutions_to_value(sft, problems, samples, wrong=1, correct=1)
         path = cell.folder / name / "q_values.jsonl"
-        first_pits(cell.policy(name), by_id, solutions, path, k=k, scan="full")
+        value_steps(cell.policy(name), by_id, solutions, path, k=k, scan="full")
         q[arm] = q_by_step(solutions)
     return q
 

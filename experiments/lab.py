@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import claim_folder, content_hash, flag, folder_hash, load_problems, provenance
 from data import read_json, write_json, write_rows
 from evaluate import compare, evaluate
-from rollout import Example, Pair, first_pits, load_policy, make_pairs, most_diverse, pair_row
+from rollout import Example, Pair, value_steps, load_policy, make_pairs, most_diverse, pair_row
 from rollout import progress, sample, solutions_to_value
-from train import LOSSES, TrainFlags, fit, nll, resolve, teacher_examples
+from train import LOSSES, TrainFlags, fit, made_by_stage, nll, resolve, teacher_examples
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -50,8 +50,14 @@ class Cell:
         """train, val, test: lists of problems. flags: those of train.py."""
         self.folder = Path(folder)
         self.c = resolve(TrainFlags(out=str(folder), threads=1, **flags))
-        hashes = dict(data_hash=content_hash(train), model_hash=folder_hash(self.c.model))
-        claim_folder(self.c, self.folder / "config.json", **hashes)
+        trained = sorted(self.folder.glob("*/model.safetensors"))
+        claim_folder(
+            self.c,
+            self.folder / "config.json",
+            dict.fromkeys(made_by_stage(self.folder), trained),
+            data_hash=("sft", content_hash(train)),
+            model_hash=("sft", folder_hash(self.c.model)),
+        )
         self.train = train
         self.by_id = {problem.id: problem for problem in train}
         self.splits = dict(val=val, test=test)
@@ -128,7 +134,7 @@ class Cell:
 
     def sample(self, name, i=0, n=None):
         """n solutions of each training problem by arm `name` in round i: {problem id: row}."""
-        path = self.folder / name / "rollouts.jsonl"
+        path = self.folder / name / "samples.jsonl"
         return sample(self.policy(name, i), self.train, path, n or self.c.samples)
 
     def positives(self, samples, keep=4):
@@ -151,7 +157,7 @@ class Cell:
         )
         folder = self.folder / (into or name)
         folder.mkdir(exist_ok=True)
-        first_pits(
+        value_steps(
             policy,
             self.by_id,
             solutions,

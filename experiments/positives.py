@@ -21,8 +21,9 @@ import torch
 from lab import LabFlags, against, arithmetic_cell, arm_rows, figure, publish, spreads, sweep
 
 from data import parse_flags
+from model import token_logps
 from rollout import distinct, most_diverse, run_program
-from train import teacher_examples, token_logps
+from train import teacher_examples
 
 BUDGETS = {
     "smoke": dict(
@@ -99,7 +100,7 @@ def likelihood(cell, problems):
     """(c): the NLL of the solutions of `problems` under the base model."""
     examples = teacher_examples(cell.base, problems)
     lengths = [len(example.response) for example in examples]
-    logps = token_logps(cell.base.model, examples).split(lengths)
+    logps = token_logps(cell.base.model, [example.sequence for example in examples]).split(lengths)
     nll = np.array([-part.sum().item() for part in logps])
     return dict(
         per_solution=float(nll.mean()),

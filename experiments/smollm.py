@@ -132,26 +132,23 @@ def what_pairs_rest_on(c):
     pos = Path(c.out) / "pos"
     generator_samples = all_samples(generator_folder(c))
     pos_samples = all_samples(pos)
-    before = []  # Q of the step before the pit
-    for row in read_rows(pos / "values.jsonl"):
-        if not row["correct"]:
-            before.append([row["value"], *row["q_values"]][row["first_pit"] - 1])
-    false = None
-    if before:
-        false = share([(1 - q) ** c.rollouts for q in before])
+    asked = read_rows(pos / "pits.jsonl")
+    kept = None
+    if asked:
+        kept = share([row["correct"] == 0 for row in asked])
     return dict(
         generator_right=share([s["correct"] for s in generator_samples]),
         pos_right=share([s["correct"] for s in pos_samples]),
         tokens_sampled=sum(len(s["ids"]) for s in generator_samples + pos_samples),
-        pits=len(before),
+        pits=len(read_rows(pos / "values.jsonl")),
         pairs=len(read_rows(pos / "pairs.jsonl")),
-        false_pits_at_most=false,
+        pits_that_keep_q_0=kept,
     )
 
 
 def all_samples(folder):
     samples = []
-    for row in read_rows(folder / "rollouts.jsonl"):
+    for row in read_rows(folder / "samples.jsonl"):
         samples += row["samples"]
     return samples
 
@@ -176,7 +173,7 @@ def summarise(cells, sizes):
 
 
 def csv_rows(cells):
-    facts = "generator_right pos_right pits pairs tokens_sampled false_pits_at_most".split()
+    facts = "generator_right pos_right pits pairs tokens_sampled pits_that_keep_q_0".split()
     rows = []
     for cell in cells:
         of_cell = {key: cell[key] for key in facts if key in cell}

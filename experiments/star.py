@@ -28,8 +28,8 @@ from lab import Cell, LabFlags, figure, publish, spread, spreads, sweep
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BASE, STEP_STARTS, Problem, parse_flags, split_of
-from rollout import Example, first_pits, make_pairs, run_program, sample, solutions_to_value
-from train import token_logps
+from model import token_logps
+from rollout import Example, value_steps, make_pairs, run_program, sample, solutions_to_value
 
 BUDGETS = {
     "smoke": dict(
@@ -140,7 +140,8 @@ def path_examples(policy, problems):
 def decision(policy, problems):
     """Mean NLL of the decision, which is the second node of the path, and of all other tokens."""
     examples = path_examples(policy, problems)
-    logps = token_logps(policy.model, examples).view(len(examples), -1)  # paths are equally long
+    logps = token_logps(policy.model, [example.sequence for example in examples])
+    logps = logps.view(len(examples), -1)  # paths are equally long
     nll = -logps.mean(0)  # of: node > node > node > node <eos>
     return dict(decision=float(nll[2]), rest=float(nll.sum() - nll[2]))
 
@@ -216,9 +217,9 @@ def step_pairs(cell, name, problems, i, folder):
     folder.mkdir(exist_ok=True)
     policy = cell.policy(name, i)
     c = cell.c
-    rollouts = sample(policy, problems, folder / "rollouts.jsonl", c.samples)
+    rollouts = sample(policy, problems, folder / "samples.jsonl", c.samples)
     solutions = solutions_to_value(policy, problems, rollouts, wrong=c.negatives)
-    first_pits(policy, by_id, solutions, folder / "values.jsonl", k=c.rollouts, scan="full")
+    value_steps(policy, by_id, solutions, folder / "values.jsonl", k=c.rollouts, scan="full")
     return make_pairs("step", policy, by_id, rollouts, solutions, c.seed)
 
 

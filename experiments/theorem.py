@@ -21,7 +21,7 @@ from lab import LabFlags, figure, publish, spread
 
 from data import parse_flags, provenance
 from rollout import run_program
-from train import dpo_loss
+from train import TrainFlags, dpo_loss
 
 READINGS = {"label": "#d1495b", "normalised": "#777777", "weighted": "#2b7bba"}
 BUDGETS = {
@@ -31,6 +31,7 @@ BUDGETS = {
 }
 STEPS = 5
 BETA = 0.3
+C = TrainFlags(beta=BETA)
 
 
 def pair_distribution(reading, policy, advantage):
@@ -57,7 +58,7 @@ def optimum(counts, policy):
     def loss():
         solver.zero_grad()
         logps = logits.log_softmax(-1)
-        losses, _ = dpo_loss(logps[winner], logps[loser], reference[winner], reference[loser], BETA)
+        losses, _ = dpo_loss(logps[winner], logps[loser], reference[winner], reference[loser], C)
         mean = (share * losses).sum()
         mean.backward()
         return mean

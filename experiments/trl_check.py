@@ -22,7 +22,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import Tokenizer, UserError, format_prompt, read_json, read_rows
+from data import Tokenizer, UserError, read_json, read_rows
 from model import GPT
 from rollout import Pair, run_program
 from train import pair_logps
@@ -87,7 +87,7 @@ def stepwise_rows(folder):
     questions = {row["id"]: row["question"] for row in read_rows(folder.parent / "data.jsonl")}
     rows = []
     for s in read_rows(folder / "values.jsonl"):
-        parts = [tokenizer.encode(format_prompt(prompt_format, questions[s["id"]]))]
+        parts = [tokenizer.encode_prompt(prompt_format, questions[s["id"]])]
         parts += [s["ids"][start:end] for start, end in pairwise([0, *s["ends"]])]
         prompt, *steps = tokenizer.texts(parts)
         valued = [*s["q_values"], None].index(None)

@@ -107,7 +107,7 @@ def assert_same_log(a, b):
     """But for the last digits, and the accuracy, whose margins may be 0 up to them."""
     for mine, theirs in zip(log_of(a), log_of(b), strict=True):
         assert (mine["stage"], mine["step"]) == (theirs["stage"], theirs["step"])
-        for name in ("loss", "nll", "dpo", "margin", "chosen", "rejected", "lr", "grad_norm"):
+        for name in ("loss", "nll", "pair_loss", "margin", "chosen", "rejected", "lr", "grad_norm"):
             want = float(theirs[name] or 0)
             assert float(mine[name] or 0) == pytest.approx(want, rel=1e-3, abs=1e-4), name
 
@@ -144,14 +144,14 @@ def test_two_processes_end_where_one_does(runs, tmp_path):
     whole, half = runs
     out = tmp_path / "x"
     shutil.copytree(half, out)
-    (out / "generator" / "rollouts.jsonl").unlink()  # sampled again, then `pos` goes on
+    (out / "generator" / "samples.jsonl").unlink()  # sampled again, then `pos` goes on
     assert step_of(out / "pos") == 4
     command = ["train", "--out", out, *TINY, "--save-seconds", 60]
     code, printed, err = two(tmp_path, PROGRAM, command)
     assert code == 0 and "Traceback" not in err, err
     assert printed.count("against sft") == 1
     assert not [path for path in out.rglob("*") if "tmp" in path.name or "checkpoint" in path.name]
-    rows = ["generator/rollouts", "pos/rollouts", "pos/values", "pos/pairs", "sft/eval/greedy"]
+    rows = ["generator/samples", "pos/samples", "pos/values", "pos/pairs", "sft/eval/greedy"]
     for name in ("data", "test", *rows):
         path = f"{name}.jsonl"
         assert (out / path).read_bytes() == (whole / path).read_bytes(), name
@@ -184,7 +184,7 @@ def compare_losses():
         items = items_of(kind, 7)
         policy = make_policy(seed=5)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "WORLD", 1)
+            patch.setattr(train, "PROCESSES", 1)
             patch.setattr(train, "RANK", 0)
             if isinstance(items[0], Pair):
                 train.add_reference(make_policy(), items, c)
@@ -220,10 +220,12 @@ def test_losses_rollout_and_evaluate_in_two_processes(tmp_path):
     )
     assert code != 0
     assert err.count("error: ") == 1 and "this run was begun with seed=0" in err, err
-    for name in ("rollouts.jsonl", "values.jsonl"):
+    for name in ("samples.jsonl", "values.jsonl"):
         assert (tmp_path / "r2" / name).read_bytes() == (tmp_path / "r1" / name).read_bytes(), name
-    for name in ("results.json", "model/greedy.jsonl", "model/samples.jsonl", "model/values.jsonl"):
-        assert (tmp_path / "e2" / name).read_bytes() == (tmp_path / "e1" / name).read_bytes(), name
+    [first] = (tmp_path / "e1").iterdir()
+    for name in ("results.json", "greedy.jsonl", "samples.jsonl", "values-greedy-2.jsonl"):
+        second = tmp_path / "e2" / first.name / name
+        assert second.read_bytes() == (first / name).read_bytes(), name
     assert printed.count("28 samples") == 1 and printed.count("step  1  Q") == 1
 
 
@@ -237,7 +239,7 @@ def test_shards(monkeypatch, world):
     for rank in range(world):
         for module in (rollout, train):
             monkeypatch.setattr(module, "RANK", rank)
-            monkeypatch.setattr(module, "WORLD", world)
+            monkeypatch.setattr(module, "PROCESSES", world)
         blocks += rollout.shard(examples)
         parts.append(train.my_micro_batches(examples, tokens=24))
     assert blocks == examples

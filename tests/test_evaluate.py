@@ -15,10 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 from data import Problem, Tokenizer, load_problems, read_rows
 from evaluate import compare, majority_correct, mcnemar, pass_at_k, pit_report, probability
-from evaluate import movement, remarks
-from evaluate import q_by_step, table, wilson
+from evaluate import pair_trend, q_by_step, report, table, wilson
 from model import GPT
-from rollout import Policy, Solution, run_program
+from rollout import Policy, Sampling, Solution, run_program
 
 BASE = Path(evaluate.__file__).parent / "experiments" / "base"
 TOKENIZER = Tokenizer.from_pretrained(BASE)
@@ -37,10 +36,11 @@ class Answers(Policy):
         self.answer = answer
         self.known = {tuple(self.prompt(problem)): problem for problem in problems}
 
-    def generate(self, prompts, n=1, temperature=None, max_new_tokens=None, **_):
+    def generate(self, prompts, n=1, first=0, **_):
         results = []
         for prompt in prompts:
-            texts = [self.answer(self.known[tuple(prompt)], i) for i in range(n)]
+            numbers = range(first, first + n)
+            texts = [self.answer(self.known[tuple(prompt)], i) for i in numbers]
             results.append([TOKENIZER.encode(text) + [TOKENIZER.eos_id] for text in texts])
         return results
 
@@ -71,8 +71,8 @@ def test_majority():
     def majority(*answers, k=3):
         samples = []
         for answer in answers:
-            text = f"so\n#### {answer}" if answer else "First he buys 3.\nThen"
-            samples.append(dict(text=text, correct=answer in ("9", "9.0")))
+            text = f"so\n#### {answer}" if answer else "First he buys some.\nThen"
+            samples.append(dict(text=text, ended=True, correct=answer in ("9", "9.0")))
         return majority_correct(samples, k)
 
     assert majority("9", "8") and not majority("8", "9")
@@ -80,6 +80,14 @@ def test_majority():
     assert majority("9", "8", "8", k=2) and not majority("8", "9", "9", k=1)
     assert majority(None, None, "9") and not majority(None, None)
     assert not majority()
+    right = dict(text="16 - 10 = 6\nHe has 6 eggs left.", ended=True, correct=True)
+    wrong = dict(text="16 - 11 = 5\nHe has 5 eggs left.", ended=True, correct=False)
+    assert majority_correct([right] * 5, 5), "answers without a marker"
+    assert not majority_correct([wrong, right, wrong, right, wrong], 5)
+    cut = dict(wrong, ended=False)
+    assert majority_correct([cut, right, cut, right, cut], 5), "one that did not end has no vote"
+    other = dict(text="So\n#### 7", ended=True, correct=True)
+    assert majority_correct([wrong, wrong, right, other, other], 5), "the right ones are one group"
 
 
 def test_mcnemar_by_brute_force():
@@ -109,8 +117,25 @@ def test_comparison_is_paired_and_signed():
     assert c["p"] < 1e-4
     assert compare(b, a)["difference"] == -c["difference"]
     assert compare(b, a)["high"] < 0
-    assert compare(a, a) == dict(difference=0.0, low=0.0, high=0.0, p=1.0)
     assert compare(a, b) == c, "the same numbers each time"
+
+
+def test_the_paired_interval_covers():
+    """An interval of no width where two policies agree on all of a few problems: at 50 problems a
+    third of the bootstrap's "95% intervals" missed a true difference of two points."""
+    equal = compare([True] * 50, [True] * 50)
+    assert equal["difference"] == 0 and equal["p"] == 1
+    assert -0.05 < equal["low"] < -0.02 and 0.02 < equal["high"] < 0.05
+    rng = np.random.default_rng(0)
+    for n, gained, lost in ((50, 0.02, 0.0), (50, 0.1, 0.05), (200, 0.05, 0.05)):
+        covered = 0
+        for _ in range(400):
+            kind = rng.random(n)
+            a = (kind >= gained) & (kind < 0.5)
+            b = (kind < 0.5) & ((kind < gained) | (kind >= gained + lost))
+            c = compare(a, b)
+            covered += c["low"] <= gained - lost <= c["high"]
+        assert covered >= 0.93 * 400, (n, gained, lost, covered)
 
 
 # ---------------------------------------------------------------- accuracy
@@ -123,7 +148,9 @@ def test_accuracy_does_not_depend_on_slots(tmp_path):
     results = []
     texts = []
     for slots in (None, 4):
-        policy = Policy(GPT.from_pretrained(BASE), TOKENIZER, "{question}\n", 30, slots=slots)
+        policy = Policy(
+            GPT.from_pretrained(BASE), TOKENIZER, "{question}\n", Sampling(30), slots=slots
+        )
         folder = tmp_path / str(slots)
         results.append(evaluate.evaluate(policy, problems, folder, 4, ks=(1, 2)))
         texts.append([(folder / name).read_text() for name in ("greedy.jsonl", "samples.jsonl")])
@@ -179,8 +206,8 @@ def test_table_has_a_line_per_policy():
 def test_average_q_by_step():
     """Q of step t counted at t - 1; the verdict of the last step left out; solutions that are
     shorter averaged in."""
-    long = Solution("a", 0, True, [], [], "", 0.5, q_values=[0.5, 0.5, 1.0])
-    short = Solution("b", 0, False, [], [], "", 0.5, q_values=[0.25, 0.0])
+    long = Solution("a", 0, True, [], [], "", 0.5, q_values=[0.5, 0.5, 1.0], counts=[2, 2, 0])
+    short = Solution("b", 0, False, [], [], "", 0.5, q_values=[0.25, 0.0], counts=[4, 0])
     rows = q_by_step([long, short])
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert [row["q"] for row in rows] == [0.375, 0.25, 1.0]
@@ -189,24 +216,22 @@ def test_average_q_by_step():
 
 
 def test_how_reliable_the_pits_are():
-    """False pits that nobody counts: with success rate q, K failures in a row have probability
-    (1 - q)^K."""
+    """False pits that nobody counts; a bound that is none."""
     [known] = load_problems("arithmetic", limit=1, spurious=0.0)
     lines = known.solution.split("\n")
     text = "\n".join([lines[0], "1 + 1 = 3", *lines[1:-1], "#### 30 0"])
     solutions = []
     for pit in (2, 1, 6, 2):  # steps 2 and 6 are bad
-        solutions.append(Solution(known.id, 0, False, [], [], text, 0.5, [], first_pit=pit))
-    report = pit_report({known.id: known}, solutions, 5)
-    assert "4 wrong" in report
-    assert "75.0% are bad steps, 50.0% the first bad step" in report
-    solutions = []
-    for q in (0.5, 0.25):
-        solutions.append(Solution("q", 0, False, [], [], "", 0.9, [q, 0.0], first_pit=2))
-    solutions.append(Solution("q", 0, False, [], [], "", 0.9, [0.0, 0.0], first_pit=1))
-    report = pit_report({"q": Problem("q", "", "", "9")}, solutions, 3)
-    assert f"{(0.5**3 + 0.75**3 + 0.1**3) / 3:.1%}" in report
-    assert pit_report({}, [], 5) == "0 wrong solutions valued"
+        solutions.append(Solution(known.id, 0, False, [], [3, 9], text, 0.5, [], [], pit))
+    again = [dict(correct=correct, continuations=15) for correct in (0, 2, 0, 0)]
+    line = pit_report({known.id: known}, solutions, again)
+    assert "4 wrong solutions valued (steps: median 2, largest 2, 0% have only one)" in line
+    assert "of 4 first pits asked again 75.0% keep Q = 0 in 15 samples" in line
+    assert "75.0% of all are bad steps, 50.0% the first bad" in line
+    plain = Solution("q", 0, False, [], [3], "", 0.9, [0.0], [0], first_pit=1)
+    line = pit_report({"q": Problem("q", "", "", "9")}, [plain], [])
+    assert line == "1 wrong solutions valued (steps: median 1, largest 1, 100% have only one)"
+    assert pit_report({}, [], []) == "0 wrong solutions valued"
 
 
 def test_probability_is_that_of_the_response():
@@ -241,24 +266,40 @@ def other(tmp_path):
     return tmp_path / "other"
 
 
+def folder_of(out, policy):
+    [folder] = out.glob(f"{Path(policy).name}-*")
+    return folder
+
+
 def test_command_line(other, tmp_path, monkeypatch, capsys):
-    """Two policies on one folder of responses, where the second gets those of the first; a folder
-    that is gone on with by another model."""
+    """Two policies on one folder of responses, where the second gets those of the first; a second
+    command refused because it names another model, more samples or more problems."""
     flags = ["--limit", 6, "--out", tmp_path, "--threads", 1, "--samples", 2, "--rollouts", 2]
     flags += ["--temperature", 1.5]
     models = ["--model", other, "--baseline", BASE]
     code, output = run_cli(monkeypatch, capsys, *flags, *models)
     assert code == 0, output
     lines = output.out.split("\n")
-    assert [line.split()[0] for line in lines[1:4]] == ["baseline", "model", "step"]
-    results = json.loads((tmp_path / "results.json").read_text())
+    names = [line.split()[0] for line in lines[1:] if line]
+    assert [
+        name for name in names if name != "step"
+    ] == "baseline model on baseline: model:".split()
+    folders = [folder_of(tmp_path, policy) for policy in (BASE, other)]
+    results = json.loads((folders[1] / "results.json").read_text())
     assert results["model"]["problems"] == 6
-    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("baseline", "model")]
+    samples = [(folder / "samples.jsonl").read_text() for folder in folders]
     assert samples[0] != samples[1]
     assert run_cli(monkeypatch, capsys, *flags, *models)[1].out == output.out, "it goes on"
-    for change in (["--model", BASE], ["--baseline", other], ["--split", "val"]):
-        code, output = run_cli(monkeypatch, capsys, *flags, *models, *change)
-        assert code == 2 and change[0][2:] in output.err and "--out" in output.err
+    alone = run_cli(monkeypatch, capsys, *flags, "--model", BASE)[1].out
+    assert alone.split("\n")[1].split()[1:5] == lines[1].split()[1:5], "the baseline's responses"
+    assert [(folder / "samples.jsonl").read_text() for folder in folders] == samples
+    more = [*flags, *models, "--samples", 3, "--limit", 7]
+    code, output = run_cli(monkeypatch, capsys, *more)
+    assert code == 0 and "on 7 problems" in output.out
+    for change in (["--split", "val"], ["--seed", 7], ["--prompt", "{question} "]):
+        code, output = run_cli(monkeypatch, capsys, *flags, "--model", other, *change)
+        assert code == 0, output
+    assert len(list(tmp_path.glob("other-*"))) == 4, "of other problems, numbers and prompts"
 
 
 def test_explain_shows_the_pit_and_both_probabilities(tmp_path, monkeypatch, capsys):
@@ -273,7 +314,8 @@ def test_explain_shows_the_pit_and_both_probabilities(tmp_path, monkeypatch, cap
         if "rejected" not in output.out:
             continue
         shown += 1
-        rows = read_rows(tmp_path / f"explain-test-0-{number}" / "values.jsonl")
+        rows = read_rows(folder_of(tmp_path, BASE) / "values-2.jsonl")
+        rows = [row for row in rows if row["id"] == f"test-0-{number}"]
         lines = output.out.splitlines()
         [pit] = [line for line in lines if "<- the first pit" in line]
         [rejected] = [line for line in lines if line.startswith("rejected")]
@@ -289,23 +331,44 @@ def test_explain_shows_the_pit_and_both_probabilities(tmp_path, monkeypatch, cap
     assert code == 2 and "--explain 4" in output.err
 
 
-def test_remarks_on_neg():
-    """A policy that per-step DPO made worse, and nobody says so; a warning where it did not."""
-    moved = dict(margin=[0.0, 0.5], chosen=[-3.0, -2.5], rejected=[-2.0, -4.0])
-    results = dict(pos=dict(held_out=0.5), neg=dict(held_out=0.4, **moved))
-    lines = remarks(results)
-    assert lines[0].startswith("neg: margin 0.00 to 0.50, chosen -3.00 to -2.50, rejected -2.00")
-    assert "neg is worse than pos" in lines[1] and "--neg-lr" in lines[1] and len(lines) == 2
+def test_all_of_a_file_is_tested(tmp_path):
+    """A file of 1,100 problems tested on its first 1,000."""
+    rows = [json.dumps(dict(question=f"{i} + 1?", answer=f"#### {i + 1}")) for i in range(1100)]
+    (tmp_path / "p.jsonl").write_text("\n".join(rows))
+    c = evaluate.EvaluateFlags(data=str(tmp_path / "p.jsonl"))
+    problems, whole = evaluate.read_data(c, "test", enough=1000)
+    assert len(problems) == 1100
+    c.limit = 7
+    assert evaluate.read_data(c, "test", enough=1000) == (problems[:7], whole), "it may go on"
+    rows[900] = rows[899]
+    (tmp_path / "p.jsonl").write_text("\n".join(rows))
+    assert evaluate.read_data(c, "test", enough=1000)[1] != whole
+    c = evaluate.apply_presets(evaluate.EvaluateFlags())
+    assert len(evaluate.read_data(c, "test", enough=1000)[0]) == 1000
+
+
+def test_report():
+    """A policy that per-step DPO made worse, and nobody says so; a warning where it did not; 0.0%
+    because all responses were cut, which nobody sees."""
+    plain = dict(accuracy=0.5, interval=(0.2, 0.8), correct=[True, False], problems=2, ended=1.0)
+    trend = dict(margin=[0.0, 0.5], chosen=[-3.0, -2.5], rejected=[-2.0, -4.0])
+    results = dict(pos=plain | dict(held_out=0.5), neg=plain | dict(held_out=0.4, **trend))
+    lines = report(results).split("\n")[3:]
+    assert lines[0] == "on 2 problems"
+    assert lines[1].startswith("neg: margin 0.00 to 0.50, chosen -3.00 to -2.50, rejected -2.00")
+    assert "neg is worse than pos" in lines[2] and "--neg-lr" in lines[2] and len(lines) == 3
     results["neg"]["held_out"] = 0.5
-    assert len(remarks(results)) == 1
-    assert remarks(dict(sft={}, pos={}, neg=moved)) == lines[:1], "nothing was held out"
+    results["pos"]["ended"] = 0.25
+    lines = report(results).split("\n")[4:]
+    assert lines[0].startswith("pos: 75.0% of the responses did not end") and len(lines) == 2
+    assert len(report(dict(sft=plain, pos=plain, neg=plain | trend)).split("\n")) == 6
 
 
-def test_movement(tmp_path):
+def test_trend_of_pairs(tmp_path):
     """Means over another stage, or over all steps."""
     rows = ["stage,step,margin,chosen,rejected", "pos,0,,,"]
     rows += [f"neg,{i},{i},{-i},{2 * i}" for i in range(20)]
     (tmp_path / "metrics.csv").write_text("\n".join(rows))
-    moved = movement(tmp_path / "metrics.csv", "neg")
+    moved = pair_trend(tmp_path / "metrics.csv", "neg")
     assert moved == dict(margin=[0.5, 18.5], chosen=[-0.5, -18.5], rejected=[1.0, 37.0])
-    assert movement(tmp_path / "metrics.csv", "pos") == {}
+    assert pair_trend(tmp_path / "metrics.csv", "pos") == {}

@@ -253,7 +253,7 @@ def test_values_are_measured(run, tmp_path, capsys):
     assert [row[0] for row in rows] == ["full", "first", "again"]
     assert rows[1][3] == "100.0%"  # the pit is the same
     assert int(rows[1][1]) < int(rows[0][1])  # and costs fewer tokens
-    assert len(read_rows(tmp_path / "sft" / "rollouts.jsonl")) == 16
+    assert len(read_rows(tmp_path / "sft" / "samples.jsonl")) == 16
 
 
 # ---------------------------------------------------------------- statistics
@@ -290,3 +290,17 @@ def test_the_spread_over_seeds_is_students():
     assert lab.spread([0.5, 0.5, 0.5]) == [0.5, 0.5, 0.5]
     half = 4.30 * 0.1 / np.sqrt(3)
     assert lab.spread([0.4, 0.5, 0.6]) == pytest.approx([0.5, 0.5 - half, 0.5 + half])
+
+
+def test_the_gpu_bench_runs_on_a_cpu(run, tmp_path, capsys):
+    """The first minutes on a card lost to a bench that was never run."""
+    job = "--rows 8 --prompt-tokens 4 --new-tokens 8 --pairs 1 --tokens 16 --threads 1".split()
+    run("gpu", "--shape", "tiny", "--device", "cpu", "--out", tmp_path / "gpu.json", *job)
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["greedy"]["same_as_cpu"] == 16
+    for name in ("sampling bfloat16", "sampling float32", "sft", "dpo"):
+        assert found[name]["tokens_per_s"] > 0 and 0 < found[name]["of_limit"] < 1
+    assert found["dpo"]["traced_gb"] > 0
+    for word in ("captured: no", "decode: ", "of the matrix rate", "all numbers in"):
+        assert word in printed

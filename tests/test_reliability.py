@@ -5,6 +5,8 @@ Each docstring names the bug it guards. The test of kills alone, with any number
     python tests/test_reliability.py FOLDER KILLS SEED
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -15,16 +17,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
 import evaluate
 import rollout
 import train
-from data import BASE, UserError, append_rows, load_problems, write_rows
+from data import BASE, Tokenizer, UserError, append_rows, load_problems, read_rows, write_rows
 
 TINY = """--limit 24 --test-limit 4 --held-out 4
     --samples 4 --negatives 2 --rollouts 2 --keep 2 --batch 8
@@ -188,16 +192,19 @@ def test_a_folder_of_other_problems(tmp_path):
     path = tmp_path / "p.jsonl"
     own = ["--data", path, "--model", BASE, "--prompt", "{question}\n", "--out", tmp_path / "x"]
     flags = [*TINY, "--mode", "sft", "--limit", 0, "--test-limit", 0, "--eval-samples", 0, *own]
-    problems = load_problems("arithmetic", "train", 20)
+    problems = load_problems("arithmetic", "train", 40)
     rows = [dict(question=p.question, answer=p.solution) for p in problems]
+    tested = [i for i, problem in enumerate(problems) if train.is_test(problem)]
     append_rows(path, rows)
     assert finish(fork(*flags)) == 0
     before = artifacts(tmp_path / "x")
-    rows[9]["question"] += " "  # a problem of the test
-    write_rows(path, rows)
-    assert finish(fork(*flags, log=tmp_path / "log")) == 2
-    assert "data_hash" in last_line(tmp_path / "log")
-    assert artifacts(tmp_path / "x") == before
+    for i, name in ((tested[0], "test_hash"), (1 if tested[0] == 0 else 0, "data_hash")):
+        changed = [dict(row) for row in rows]
+        changed[i]["answer"] = "1 + 1 = 2\n" + changed[i]["answer"]
+        write_rows(path, changed)
+        assert finish(fork(*flags, log=tmp_path / "log")) == 2
+        assert name in last_line(tmp_path / "log")
+        assert artifacts(tmp_path / "x") == before
 
 
 @pytest.mark.parametrize("program", [train, rollout, evaluate])
@@ -207,9 +214,86 @@ def test_every_program_takes_the_lock(tmp_path, monkeypatch, program):
     if program is train:
         flags += ["--test-limit", "9"]
     monkeypatch.setattr(sys, "argv", ["program", *flags])
+    if program is evaluate:  # a folder of its own for each model
+        monkeypatch.setattr(evaluate, "responses_folder", lambda *arguments: tmp_path)
     with FileLock(tmp_path / "lock"), pytest.raises(UserError, match="another process"):
         program.main()
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_disk_without_locks(tmp_path, monkeypatch, capsys, number):
+    """Every run on a network disk stopped by "No locks available", of no file. It goes on with a
+    note; a lock file that cannot be made is still an error, which names it."""
+
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+
+    data.note.cache_clear()
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    folder = tmp_path / "x"
+    for _ in range(2):
+        data.lock_folder(folder)
+    said = capsys.readouterr().err
+    assert said.startswith(f"note: {folder}: {os.strerror(number)}; ") and said.count("\n") == 1
+    (tmp_path / "y" / "lock").mkdir(parents=True)
+    with pytest.raises(OSError, match="y/lock"):
+        data.lock_folder(tmp_path / "y")
+
+
+class PretendEngine:
+    """What the program of FILES.md uses of vLLM. It fails, or answers every prompt with "#### 3",
+    the end of text now and then left out of the ids."""
+
+    fails = False
+    started = []
+
+    def __init__(self, folder, dtype, generation_config):
+        self.started.append(dtype)
+        if self.fails:
+            raise RuntimeError("no memory")
+
+    def generate(self, prompts, params):
+        three = Tokenizer.from_pretrained(BASE).encode("#### 3")
+        whole = SimpleNamespace(token_ids=[*three, 0], finish_reason="stop", stop_reason=None)
+        bare = SimpleNamespace(token_ids=three, finish_reason="stop", stop_reason=0)
+        none = SimpleNamespace(token_ids=[], finish_reason="stop", stop_reason=0)
+        cut = SimpleNamespace(token_ids=three, finish_reason="length", stop_reason=None)
+        return [SimpleNamespace(outputs=[whole, bare, none, cut]) for _ in prompts]
+
+
+def test_the_other_engine_of_the_docs(tmp_path, monkeypatch):
+    """Hours of samples emptied by a start that failed; samples drawn in bfloat16, to which a short
+    fine-tune is rounded away; an end of text that is missing or an IndexError."""
+    page = (Path(data.__file__).parent / "experiments" / "FILES.md").read_text()
+    program = page.split("With vLLM:\n\n```python\n")[1].split("```")[0]
+    pretended = SimpleNamespace(LLM=PretendEngine, SamplingParams=lambda **settings: settings)
+    monkeypatch.setitem(sys.modules, "vllm", pretended)
+    Tokenizer.from_pretrained(BASE).save(tmp_path / "pos")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "pos" / name).symlink_to(BASE / name)
+    c = dict(prompt="{question}\n", samples=4, temperature=0.7, max_new_tokens=9, seed=0)
+    (tmp_path / "config.json").write_text(json.dumps(c))
+    append_rows(tmp_path / "data.jsonl", [dict(id="a", question="Mia had 3 cups.", answer="3")])
+    path = tmp_path / "pos" / "samples.jsonl"
+    path.write_text("hours\n")
+    monkeypatch.setattr(sys, "argv", ["program", str(tmp_path), "pos"])
+    monkeypatch.setattr(PretendEngine, "fails", True)
+    with pytest.raises(RuntimeError, match="no memory"):
+        exec(program, dict(__name__="__main__"))
+    assert path.read_text() == "hours\n"
+    monkeypatch.setattr(PretendEngine, "fails", False)
+    exec(program, dict(__name__="__main__"))
+    sys.argv.append("bfloat16")
+    exec(program, dict(__name__="__main__"))
+    assert PretendEngine.started == ["float32", "float32", "bfloat16"]
+    assert not list(tmp_path.rglob("*.tmp"))
+    (row,) = read_rows(path)
+    samples = row["samples"]
+    assert samples[0] == samples[1] and samples[2]["ids"] == [0]
+    assert [s["ended"] for s in samples] == [True, True, True, False]
+    assert [s["correct"] for s in samples] == [True, True, False, False]
+    assert [s["text"] for s in samples] == ["#### 3", "#### 3", "", "#### 3"]
 
 
 @pytest.mark.parametrize("cut", ["sft,2", "sft,3,0.5", "s", "sft,2" + "," * 9])
@@ -226,6 +310,8 @@ def test_a_log_that_was_cut(tmp_path, cut):
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("alloc_cpu: can't allocate memory"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("std::bad_alloc"),
     MemoryError(),
 ]
 

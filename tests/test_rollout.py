@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,8 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rollout
 from data import Problem, Tokenizer, UserError, load_problems, read_json, read_rows
 from model import GPT, Config
-from rollout import PAIR_FORMS, Pair, Policy, Solution, advantages, best_of, choose
-from rollout import estimate_values, find_first_pit, first_pits, generate, make_pairs, most_diverse
+from rollout import PAIR_FORMS, Pair, Policy, Sampling, Solution, advantages, ask_pits_again
+from rollout import begins_with, best_of, choose
+from rollout import estimate_values, find_first_pit, first_other, first_step, generate, make_pairs
+from rollout import most_diverse, value_steps
 from rollout import pair_row, sample, solutions_to_value, uniform_numbers
 
 BASE = Path(rollout.__file__).parent / "experiments" / "base"
@@ -232,6 +236,40 @@ def test_captured_steps_draw_the_same(hf, monkeypatch):
         assert sum(tape.replays for tape in tapes) > 2 * len(tapes)
 
 
+class OneDevice(TorchDispatchMode):
+    """Refuses what a GPU would wait for: tensors of another device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        assert {x.device.type for x in tensors} <= {"meta"}, f"{function} mixes devices"
+        return function(*args, **(kwargs or {}))
+
+
+BROKEN = dict(
+    item=lambda slots: slots.done.sum().item(),
+    index_on_the_cpu=lambda slots: slots.output[torch.tensor([0, 1])],
+    rows_that_are_done=lambda slots: slots.output[slots.done],
+)
+
+
+@pytest.mark.parametrize("broken", [None, *BROKEN])
+@pytest.mark.parametrize("hf", [TOY, LEARNED, WINDOWED], ids=["rotary", "learned", "windowed"])
+def test_a_step_stays_on_its_device(hf, broken, monkeypatch):
+    """A step that waits for the device, or works with a tensor of the CPU: seen on tensors of a
+    device that has no numbers, and in three steps that are broken on purpose."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # it knows no "meta"
+    with torch.device("meta"):
+        model = GPT(Config.from_hf(hf))
+    slots = rollout.Slots(model, Sampling(max_new_tokens=4, stop_ids=[0]), rows=4, width=4)
+    slots.cache.make_room(16)
+    slots.cache.empty = False
+    with torch.no_grad(), OneDevice():
+        slots.step()
+        if broken:
+            with pytest.raises((RuntimeError, NotImplementedError, AssertionError)):
+                BROKEN[broken](slots)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_captured_steps_draw_the_same_on_a_gpu(monkeypatch):
     """What the tape cannot show: that CUDA takes the step as it is."""
@@ -260,6 +298,15 @@ def test_frequencies_match_the_softmax(temperature):
     torch.testing.assert_close(shares, (logits / temperature).softmax(-1), atol=0.02, rtol=0)
 
 
+def test_successive_tokens_are_independent():
+    """A token that takes the random number of the one before it, or of another sample."""
+    samples = generate(Fixed([0.0] * 4), [[1, 2], [3]], 4000, max_new_tokens=3)
+    for ids in map(torch.tensor, samples):
+        for a, b in ((ids[:, 0], ids[:, 1]), (ids[:, 1], ids[:, 2]), (ids[1:, 0], ids[:-1, 0])):
+            together = (4 * a + b).bincount(minlength=16) / len(a)
+            torch.testing.assert_close(together, torch.full((16,), 1 / 16), atol=0.015, rtol=0)
+
+
 @pytest.mark.parametrize("top_p, kept", [(0.4, [0]), (0.6, [0, 2]), (0.85, [0, 2, 3])])
 def test_top_p_keeps_the_smallest_head(top_p, kept):
     """Top-p that keeps one token too many or too few, or does not renormalise."""
@@ -281,7 +328,7 @@ def test_rows_without_a_token_are_never_drawn(temperature):
     assert max(map(max, sum(samples, []))) < 10
     assert max(map(max, generate(model, [[1]], 5, **options)[0])) >= 10, "the trap is real"
     logits = torch.tensor([[-math.inf, 3.0, 1.0, -math.inf]] * 2)
-    assert choose(logits, torch.tensor([0.0, 1 - 2.0**-22]), 1.0).tolist() == [1, 2]
+    assert choose(logits, torch.tensor([0.0, 1 - 2.0**-22]), Sampling()).tolist() == [1, 2]
 
 
 def test_random_numbers_are_uniform_and_stateless():
@@ -296,7 +343,7 @@ def test_random_numbers_are_uniform_and_stateless():
         assert (uniform_numbers(seed, prompt, 7, 9) != u[7, :9]).all()
 
 
-# ---------------------------------------------------------------- judging, rollouts.jsonl
+# ---------------------------------------------------------------- judging, samples.jsonl
 
 GOOD = "3 + 4 = 7\n"
 BAD = "7 + 9 = 16\n"
@@ -314,14 +361,15 @@ def ids_of(text):
 
 
 def judged(text, correct=True, ended=True):
-    """A sample as in rollouts.jsonl."""
+    """A sample as in samples.jsonl."""
     ids = ids_of(text + "$") if ended else ids_of(text)
     return dict(ids=ids, text=text, ended=ended, correct=correct)
 
 
 def base_policy(slots=None):
     model = GPT.from_pretrained(BASE)
-    return Policy(model, TOKENIZER, "{question}\n", 48, temperature=1.3, seed=1, slots=slots)
+    sampling = Sampling(48, temperature=1.3, seed=1)
+    return Policy(model, TOKENIZER, "{question}\n", sampling, slots=slots)
 
 
 def test_an_unfinished_solution_is_wrong():
@@ -335,10 +383,35 @@ def test_an_unfinished_solution_is_wrong():
     assert policy.judge(ids_of("#### 9 .$"), NINE)["correct"], "or good steps become pits"
 
 
+def test_greedy_samples_are_greedy(tmp_path):
+    """An evaluation that says greedy and draws at the policy's temperature."""
+    problems = load_problems("arithmetic", limit=4)
+    policy = base_policy()
+    rows = sample(policy, problems, tmp_path / "greedy.jsonl", 2, temperature=0)
+    for problem in problems:
+        [want] = policy.generate([policy.prompt(problem)], temperature=0)
+        assert [s["ids"] for s in rows[problem.id]] == want * 2
+    assert {row["temperature"] for row in read_rows(tmp_path / "greedy.jsonl")} == {0}
+    hot = sample(policy, problems, tmp_path / "samples.jsonl", 2)
+    assert hot != rows
+
+
+def test_each_end_of_text_ends(monkeypatch):
+    """A policy with two ends of text, of which only the first stops a sample or is left out of its
+    text."""
+    monkeypatch.setattr(TOKENIZER, "stop_ids", [EOS, 9])
+    policy = base_policy()
+    policy.model = Fixed([-9.0, 0.0] + [-9.0] * 7 + [1.0])
+    [samples] = policy.generate([[1, 2]], 40)
+    assert {ids[-1] for ids in samples} == {9} and max(map(len, samples)) > 1
+    assert policy.judge([1, 9], NINE)["ended"] and not policy.judge([1], NINE)["ended"]
+    assert policy.text([1, 9, EOS]) == policy.text([1])
+
+
 def test_sampling_resumes(tmp_path):
     """Rows drawn again or otherwise after a crash; half a last line that stays in the file."""
     problems = load_problems("arithmetic", limit=5)
-    path = tmp_path / "rollouts.jsonl"
+    path = tmp_path / "samples.jsonl"
     policy = base_policy()
     policy.samples_at_once = 8  # two problems between two writes
     rows = sample(policy, problems, path, 4)
@@ -351,22 +424,41 @@ def test_sampling_resumes(tmp_path):
         path.write_bytes(damaged)
         assert sample(base_policy(slots=5), problems, path, 4) == rows
         assert path.read_bytes() == whole
-    idle = Policy(None, TOKENIZER, "{question}\n")
+    idle = Policy(None, TOKENIZER, "{question}\n", Sampling(temperature=1.3))
     assert sample(idle, problems[::-1], path, 4) == rows, "nothing is drawn again"
 
 
 @pytest.mark.parametrize(
-    "change",
-    [dict(ids=[]), dict(ids=[127]), dict(ids=["1", 0]), dict(ids=7), dict(ended=False), {}],
+    "change", [dict(ids=[]), dict(ids=[127]), dict(ids=["1", 0]), dict(ids=7), dict(ended=False)]
 )
 def test_wrong_rows_of_another_engine_are_one_line(tmp_path, change):
-    """Samples of an engine that numbers tokens otherwise, drops the end of text, or drew fewer."""
+    """Samples of an engine that numbers tokens otherwise, drops the end of text, or was hotter."""
     row = dict(id="q", temperature=1.0, samples=[judged(RIGHT), judged(WRONG, False) | change])
-    path = tmp_path / "rollouts.jsonl"
+    path = tmp_path / "samples.jsonl"
     path.write_text(json.dumps(row) + "\n")
-    n = 2 if change else 3
-    with pytest.raises(UserError, match="rollouts.jsonl: problem q: [^\n]+$"):
-        sample(Policy(None, TOKENIZER, "{question}\n"), [NINE], path, n)
+    with pytest.raises(UserError, match="samples.jsonl: problem q: [^\n]+$"):
+        sample(Policy(None, TOKENIZER, "{question}\n"), [NINE], path, 2)
+    path.write_text(json.dumps(dict(row, samples=[judged(RIGHT)], temperature=0.7)) + "\n")
+    with pytest.raises(UserError, match="at temperature 0.7, not 1.0"):
+        sample(Policy(None, TOKENIZER, "{question}\n"), [NINE], path, 1)
+
+
+def test_more_samples_go_on(tmp_path):
+    """A run refused or begun again because more samples are wanted; the first ones drawn twice, or
+    others than one call for all of them draws."""
+    problems = load_problems("arithmetic", limit=3)
+    policy = base_policy()
+    whole = sample(policy, problems, tmp_path / "whole.jsonl", 5)
+    path = tmp_path / "samples.jsonl"
+    first = sample(policy, problems[:2], path, 2)
+    assert list(first.values()) == [drawn[:2] for drawn in whole.values()][:2]
+    policy.decoded = 0
+    assert sample(policy, problems, path, 5) == whole
+    fresh = [s for drawn in whole.values() for s in drawn]
+    again = [s for drawn in first.values() for s in drawn]
+    tokens = [sum(len(s["ids"]) for s in part) for part in (fresh, again)]
+    assert tokens[0] - tokens[1] <= policy.decoded <= tokens[0]
+    assert sample(policy, problems, path, 1) == {id: drawn[:1] for id, drawn in whole.items()}
 
 
 def test_diverse_solutions():
@@ -405,11 +497,11 @@ class Script(Policy):
     the prefixes and budgets that it was asked for."""
 
     def __init__(self, continuation, max_new_tokens=64):
-        super().__init__(None, TOKENIZER, "{question}\n", max_new_tokens)
+        super().__init__(None, TOKENIZER, "{question}\n", Sampling(max_new_tokens))
         self.continuation = continuation
         self.asked = []
 
-    def generate(self, prompts, n=1, temperature=None, max_new_tokens=None, **_):
+    def generate(self, prompts, n=1, first=0, max_new_tokens=None):
         results = []
         stem = self.prompt(NINE)
         for prompt, budget in zip(prompts, max_new_tokens, strict=True):
@@ -417,7 +509,8 @@ class Script(Policy):
             prefix = prompt[len(stem) :]
             self.asked.append((tuple(prefix), budget))
             text = TOKENIZER.decode(prefix)
-            results.append([ids_of(self.continuation(text, i))[:budget] for i in range(n)])
+            numbers = range(first, first + n)
+            results.append([ids_of(self.continuation(text, i))[:budget] for i in numbers])
         return results
 
 
@@ -447,7 +540,7 @@ def test_equations_by_hand():
     assert find_first_pit([0.5, 0.2, 0.2, 0.4]) == 2
     assert find_first_pit([0.0]) == 1
     assert find_first_pit([None, 0.5, None, 0.0, None, 0.0]) == 4
-    solution = Solution("q", 0, True, [], [], "", value=0.5, q_values=[0.75, 0.25, 1.0])
+    solution = Solution("q", 0, True, [], [], "", 0.5, [0.75, 0.25, 1.0], [4, 4, 0])
     assert advantages(solution) == [0.25, -0.5, 0.75]
     assert [best_of(0.5, 5), best_of(1, 5), best_of(0.25, 1)] == [1 - 0.5**5, 1, 0.25]
 
@@ -506,7 +599,7 @@ def test_values_resume_and_share_prefixes(tmp_path):
     texts = (WRONG, GOOD + BAD + "#### 17", RIGHT)
     path = tmp_path / "values.jsonl"
     policy = Script(lucky)
-    rows = first_pits(policy, {"q": NINE}, unvalued(*texts), path, k=4, scan="full")
+    rows = value_steps(policy, {"q": NINE}, unvalued(*texts), path, k=4, scan="full")
     assert len(policy.asked) == len(set(policy.asked)) == 3, "GOOD, GOOD + BAD, and RIGHT's"
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
@@ -514,11 +607,54 @@ def test_values_resume_and_share_prefixes(tmp_path):
         path.write_bytes(damaged)
         policy = Script(lucky)
         policy.samples_at_once = 1  # a write for each solution
-        assert first_pits(policy, {"q": NINE}, unvalued(*texts), path, k=4, scan="full") == rows
+        assert value_steps(policy, {"q": NINE}, unvalued(*texts), path, k=4, scan="full") == rows
         assert path.read_bytes() == whole
     assert not policy.asked, "all were there"
+    for other in (GOOD + "7 + 8 = 15\n#### 15", GOOD + "#### 3"):  # as many steps, and fewer
+        with pytest.raises(UserError, match="sample 0, are not of"):
+            value_steps(policy, {"q": NINE}, unvalued(other), path, k=4)
     with pytest.raises(UserError, match="sample 0, are not of"):
-        first_pits(policy, {"q": NINE}, unvalued(GOOD + "#### 3"), path, k=4)
+        value_steps(policy, {"q": NINE}, unvalued(GOOD + "#### 3"), path, k=4)
+
+
+def test_k_may_grow():
+    """A second call that draws the first continuations again, forgets them, or keeps those of a
+    step that is no longer the one before the pit."""
+
+    def late(prefix, i):
+        return lucky(prefix, 0) if i >= 4 else "#### 1$"
+
+    s, policy = valued(continuation=late, k=4, scan="first")
+    assert (s.q_values, s.first_pit, s.continuations) == ([0.0, None, 0.0], 1, [])
+    estimate_values(policy, {"q": NINE}, [s], k=4, scan="first")
+    assert (s.q_values, s.counts, s.first_pit) == ([0.5, 0.0, 0.0], [8, 4, 0], 2)
+    assert s.continuations == [ids_of("7 + 2 = 9\n#### 9$")] * 4
+    estimate_values(policy, {"q": NINE}, [s], k=2, scan="first")
+    assert (s.q_values, s.counts) == ([0.6, 0.0, 0.0], [10, 6, 0])
+    assert len(s.continuations) == 6
+
+
+def test_pits_are_asked_again(tmp_path):
+    """Pits asked with the continuations that found them, or a last step, which nobody sampled; the
+    answers of other pits taken from the disk."""
+
+    def late(prefix, i):
+        return "#### 9$" if i in (0, 5) and "16" not in prefix or i == 9 else "#### 1$"
+
+    solutions = unvalued(WRONG, "#### 16", RIGHT)
+    policy = Script(late)
+    estimate_values(policy, {"q": NINE}, solutions, k=4, scan="first")
+    path = tmp_path / "pits.jsonl"
+    rows = ask_pits_again(policy, {"q": NINE}, solutions, path, k=12)
+    want = dict(id="q", sample=0, first_pit=2, first=4, continuations=12, correct=1)
+    assert rows == [want]
+    policy.asked.clear()
+    assert ask_pits_again(policy, {"q": NINE}, solutions, path, k=12) == rows and not policy.asked
+    solutions[0].first_pit = 1
+    [row] = ask_pits_again(policy, {"q": NINE}, solutions, path, k=12)
+    assert row["first_pit"] == 1 and row["correct"] == 2
+    many = [solutions[0]] * 250
+    assert len(ask_pits_again(policy, {"q": NINE}, many, tmp_path / "many.jsonl", k=1)) == 100
 
 
 # ---------------------------------------------------------------- pairs
@@ -576,18 +712,92 @@ def test_a_pit_that_is_the_last_step_keeps_its_end(form):
     assert pair.rejected == ids_of(text + "$" if form == "algorithm1" else "#### 8$")
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_chosen_never_begins_with_rejected(seed):
-    """A filter that tests the list instead of the string and so never fires (Self-Explore)."""
+@pytest.mark.parametrize("bad", [BAD, "7 + 9 = 16 \n", BAD + "\n"])
+def test_chosen_never_begins_with_rejected(bad):
+    """A filter that tests the list instead of the string and so never fires (Self-Explore); one of
+    token ids, for which the pit with another space behind it is another step."""
 
     def through_the_pit(prefix, i):
-        return BAD + "#### 9$" if prefix == GOOD else "#### 1$"
+        return bad + "#### 9$" if prefix == GOOD else "#### 1$"
 
-    options = dict(samples=(GOOD + BAD + "#### 9", RIGHT), continuation=through_the_pit, seed=seed)
-    assert pairs_of("continuation", **options) == []
-    assert pairs_of("step", **options) == []
-    [pair] = pairs_of("algorithm1", **options)
-    assert_sides(pair, "", RIGHT + "$", GOOD + BAD)
+    assert pairs_of("continuation", continuation=through_the_pit) == []
+    assert pairs_of("step", continuation=through_the_pit) == []
+
+
+def test_beginnings_are_of_whole_words():
+    """A step lost because another one begins with its digits; a filter that looks one way only."""
+    assert begins_with("9 + 5 = 14\n\nSo 14", "9 + 5 = 14\n") and begins_with("a b", "a  b")
+    assert not begins_with("9 + 5 = 145", "9 + 5 = 14") and not begins_with("a", "a b")
+    assert not begins_with("3 / 2 = 1.5", "3 / 2 = 1") and not begins_with("so 3/4", "so 3")
+    assert not begins_with("2 * 500 = 1,000", "2 * 500 = 1") and begins_with(
+        "It is 14.", "It is 14"
+    )
+    assert begins_with("9", "") and begins_with(", 9", ""), "an empty text tells nothing apart"
+    policy = Script(lucky)
+    candidates = [ids_of(text) for text in ("7 + 9", "7 + 9 = 16\n#### 9$", "7 + 2 = 9$")]
+    assert first_other(candidates, ids_of(BAD), policy) == candidates[2]
+    assert first_other(candidates[:2], ids_of(BAD), policy) is None
+
+
+@pytest.mark.parametrize("form", PAIR_FORMS)
+def test_a_refuted_pit_makes_no_pair(form):
+    """Training against a step from which a correct sample of the same file goes on, in the same
+    tokens or in others."""
+    for bad in (BAD, "7 + 9 = 16 \n"):
+        pairs = pairs_of(form, samples=(GOOD + bad + "16 - 7 = 9\n#### 9", RIGHT))
+        assert (pairs == []) == (form in ("continuation", "step", "algorithm1"))
+
+    def some_through_the_pit(prefix, i):
+        return (
+            (BAD + "16 - 7 = 9\n#### 9$" if i == 0 else "7 + 2 = 9\n#### 9$")
+            if i < 2
+            else "#### 1$"
+        )
+
+    def continuation(prefix, i):
+        return some_through_the_pit(prefix, i) if prefix == GOOD else "#### 1$"
+
+    refuted = pairs_of(form, continuation=continuation)
+    assert (refuted == []) == (form in ("continuation", "step", "algorithm1"))
+
+
+def test_chosen_is_one_of_many_at_random():
+    """A correct solution that was sampled often taken for several; the same one set against every
+    mistake, or the first one sampled."""
+    right = [f"3 + {i} = {3 + i}\n{3 + i} + {6 - i} = 9\n#### 9" for i in range(6)]
+    often = [right[0]] * 50 + right[1:]
+    wrong = [f"{i} + 4 = {i + 4}\n#### 2" for i in range(12)]
+    solutions = unvalued(*wrong)
+    for s in solutions:
+        s.first_pit = 1
+    rollouts = {"q": [judged(text) for text in often]}
+    taken = []
+    for seed in range(3):
+        pairs = make_pairs("response", Script(lucky), {"q": NINE}, rollouts, solutions, seed)
+        taken.append([TOKENIZER.decode(pair.chosen) for pair in pairs])
+    chosen = sum(taken, [])
+    assert len(chosen) == 27 and len(set(chosen)) == 6, "9 solutions of each seed, all ways of it"
+    assert max(map(chosen.count, chosen)) < 12, "50 copies are one solution"
+    assert len(set(map(tuple, taken))) == 3, "each seed has an order of its own"
+
+
+def test_equal_pairs_are_one():
+    """A pair that several wrong solutions share, weighed by how often it was sampled."""
+    texts = (WRONG, GOOD + BAD + "#### 17")
+    solutions = unvalued(*texts)
+    policy = Script(lucky)
+    estimate_values(policy, {"q": NINE}, solutions, k=4, scan="full")
+    rollouts = {"q": [judged(RIGHT)]}
+    assert len(make_pairs("continuation", policy, {"q": NINE}, rollouts, solutions)) == 1
+    assert len(make_pairs("response", policy, {"q": NINE}, rollouts, solutions)) == 2
+
+
+def test_a_step_is_cut_as_in_its_solution():
+    """A continuation cut by itself, where "Step 2:" is not the second number of anything."""
+    cut = {(1, 2, 3, 4, 5): [[1, 2], [3, 4], [5]], (3, 4, 5): [[3, 4, 5]]}
+    assert first_step([1, 2], [3, 4, 5], lambda ids: cut[tuple(ids)]) == [3, 4]
+    joined = {(1, 2, 3, 4, 5): [[1], [2, 3, 4], [5]]}
+    assert first_step([1, 2], [3, 4, 5], lambda ids: joined[tuple(ids)]) == [3, 4]
 
 
 def test_before_the_first_step_any_correct_solution_will_do():
@@ -613,16 +823,32 @@ def test_farthest_takes_the_most_edits():
         assert pair.chosen == ids_of(far + "$")
 
 
+def test_a_line_break_that_is_none(capsys):
+    """A prompt that holds a backslash and an n, from a shell's plain quotes: 0.0%, and no word."""
+    c = rollout.PolicyFlags(prompt="{question}\\n", max_new_tokens=4, temperature=1.0, device="cpu")
+    rollout.load_policy(BASE, c)
+    assert "a backslash and an n" in capsys.readouterr().err
+
+
+def test_threads_that_a_process_may_use():
+    """Two threads on the one core that is allowed, 128 on four of 128."""
+    code = "import torch, rollout; print(rollout.THREADS)"
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    run = dict(capture_output=True, text=True, cwd=Path(rollout.__file__).parent)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, **run)
+    assert done.stdout.strip() == "1", done.stderr
+
+
 @pytest.fixture(scope="module")
 def base_run(tmp_path_factory):
     """Samples of the built-in base, valued: (problems by id, rollouts, path of the values)."""
-    problems = load_problems("arithmetic", limit=6, steps=3)
+    problems = load_problems("arithmetic", limit=8, steps=5)
     by_id = {problem.id: problem for problem in problems}
     folder = tmp_path_factory.mktemp("run")
     policy = base_policy()
-    rollouts = sample(policy, problems, folder / "rollouts.jsonl", 8)
+    rollouts = sample(policy, problems, folder / "samples.jsonl", 8)
     solutions = solutions_to_value(policy, problems, rollouts, wrong=3)
-    first_pits(policy, by_id, solutions, folder / "values.jsonl", k=4)
+    value_steps(policy, by_id, solutions, folder / "values.jsonl", k=4)
     return by_id, rollouts, folder / "values.jsonl"
 
 
@@ -631,7 +857,7 @@ def remade_pairs(base_run, path, form, which):
     by_id, rollouts, _ = base_run
     policy = base_policy(slots=6)
     solutions = solutions_to_value(policy, by_id.values(), rollouts, wrong=3)[which]
-    first_pits(policy, by_id, solutions, path, k=4)
+    value_steps(policy, by_id, solutions, path, k=4)
     return make_pairs(form, policy, by_id, rollouts, solutions, seed=3)
 
 
@@ -676,7 +902,7 @@ def run_cli(monkeypatch, capsys, *arguments):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--x 1", "--data no.jsonl", "--model nowhere", "--device cuda:99", "--prompt x", "--limit 0"],
+    ["--x 1", "--data no.jsonl", "--model nowhere", "--device cuda:99", "--prompt x", "--limit -1"],
 )
 def test_bad_flags_are_one_line(tmp_path, monkeypatch, capsys, flags):
     """A traceback for a mistyped flag, or one that is silently taken for another."""
@@ -684,14 +910,14 @@ def test_bad_flags_are_one_line(tmp_path, monkeypatch, capsys, flags):
     code, output = run_cli(monkeypatch, capsys, *good, *flags.split())
     assert code == 2, output
     assert output.err.startswith("error: ") and output.err.count("\n") == 1
-    assert not (tmp_path / "o" / "rollouts.jsonl").exists()
+    assert not (tmp_path / "o" / "samples.jsonl").exists()
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
     """Rows of an old temperature, budget or seed passed off as the answer to a new command."""
     flags = ["--model", BASE, "--out", tmp_path, "--limit", 3, "--samples", 4, "--rollouts", 2]
     flags += ["--max-new-tokens", 40, "--threads", 1]
-    names = ("rollouts.jsonl", "values.jsonl")
+    names = ("samples.jsonl", "values.jsonl")
     code, output = run_cli(monkeypatch, capsys, *flags)
     assert code == 0 and "12 samples" in output.out
     values = read_rows(tmp_path / "values.jsonl")
@@ -699,6 +925,9 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     before = [(tmp_path / name).read_bytes() for name in names]
     assert run_cli(monkeypatch, capsys, *flags, "--slots", 4)[0] == 0, "the same command goes on"
     assert [(tmp_path / name).read_bytes() for name in names] == before
-    for change in (["--samples", 3], ["--temperature", 0.1], ["--seed", 9], ["--rollouts", 3]):
+    for change in (["--temperature", 0.1], ["--seed", 9], ["--rollouts", 3]):
         code, output = run_cli(monkeypatch, capsys, *flags, *change)
         assert code == 2 and change[0][2:] in output.err and "--out" in output.err
+    (tmp_path / "values.jsonl").unlink()
+    code, output = run_cli(monkeypatch, capsys, *flags, "--samples", 5, "--limit", 4)
+    assert code == 0 and "20 samples of 4 problems" in output.out, "more of them go on"

@@ -19,16 +19,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from data import BASE, PRESETS, Tokenizer, UserError, load_problems, parse_flags, write_rows
-from model import GPT, Config
+from model import GPT, Config, collate
+from model import token_logps as logps_of_sequences
 from rollout import Example, Pair, Policy, Solution
-from train import LOSSES, TrainFlags, add_reference, awr_weights, batch_indices, collate, dpo_loss
+from train import LOSSES, TrainFlags, add_reference, awr_weights, batch_indices, dpo_loss
 from train import fit, forward_backward, learning_rate, load_data, micro_batches, nll, pair_logps
-from train import resolve, token_logps
+from train import resolve
 
 TOKENIZER = Tokenizer.from_pretrained(BASE)
 EOS = TOKENIZER.eos_id
@@ -89,6 +90,10 @@ def random_pairs(n, seed=1):
     ]
 
 
+def token_logps(model, items):
+    return logps_of_sequences(model, [item.sequence for item in items])
+
+
 # Every loss of the loop, with items for it: a new row of LOSSES is tested on pairs.
 KINDS = ["sft", *LOSSES]
 
@@ -131,6 +136,14 @@ def test_three_tokens_by_hand():
     chosen, rejected = pair_logps(model, [Pair("", "", 1, prompt, response, [7])])
     torch.testing.assert_close(chosen, want.sum()[None])
     torch.testing.assert_close(rejected, want[:1])
+
+
+def test_log_probabilities_are_float32():
+    """Logits of a large vocabulary normalised in bfloat16: log-probabilities in steps of 1/32."""
+    model = make_policy().model.to(torch.bfloat16)
+    logps = token_logps(model, make_examples(6))
+    assert logps.dtype == torch.float32
+    assert (logps != logps.bfloat16().float()).float().mean() > 0.9
 
 
 def test_masks_come_from_lengths():
@@ -368,7 +381,7 @@ def test_at_the_reference_ln_2(dtype):
         assert pair.reference == pytest.approx(want, rel=tolerance), "each pair its own"
         assert type(pair.reference[0]) is float, "no graph is kept alive"
     log, grad = gradients(policy, pairs, LOSSES["dpo"], c)
-    assert log["dpo"] == log["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert log["pair_loss"] == log["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert log["margin"] == pytest.approx(0, abs=1e-5)
     chosen, rejected = np.mean([pair.reference for pair in pairs], axis=0)
     assert log["chosen"] == pytest.approx(chosen, rel=1e-4)
@@ -379,7 +392,7 @@ def test_at_the_reference_ln_2(dtype):
 def test_eq_1_by_hand():
     """Rewards without beta, chosen and rejected exchanged."""
     rows = [(-1.0, -3.0, -2.0, -2.5), (-2.0, -6.0, -4.0, -5.0)]
-    losses, margins = dpo_loss(*torch.tensor(rows).T, beta=0.3)
+    losses, margins = dpo_loss(*torch.tensor(rows).T, config(beta=0.3))
     torch.testing.assert_close(margins, torch.tensor([0.3 * 1.5, 0.3 * 3.0]))
     torch.testing.assert_close(losses, -torch.log(torch.sigmoid(margins)))
 
@@ -392,7 +405,7 @@ def test_a_step_widens_the_margin():
     before, _ = gradients(policy, pairs, LOSSES["dpo"], config())
     optimizer.step()
     after, _ = gradients(policy, pairs, LOSSES["dpo"], config())
-    assert after["dpo"] < before["dpo"]
+    assert after["pair_loss"] < before["pair_loss"]
     assert after["margin"] > 0 and after["accuracy"] > 0.5
     gap = after["chosen"] - after["rejected"] - before["chosen"] + before["rejected"]
     assert after["margin"] == pytest.approx(0.3 * gap, abs=1e-3)
@@ -414,11 +427,11 @@ def test_likelihood_beside_eq_1():
     nll_grad = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
     torch.testing.assert_close(grad, dpo_grad + 0.4 * nll_grad, rtol=1e-4, atol=1e-6)
     assert log["nll"] == both["nll"] == pytest.approx(chosen_nll.item(), rel=1e-5)
-    assert both["loss"] == pytest.approx(log["dpo"] + 0.4 * both["nll"], rel=1e-5)
+    assert both["loss"] == pytest.approx(log["pair_loss"] + 0.4 * both["nll"], rel=1e-5)
 
 
 def valued(value, q_values, ends):
-    return Solution("p", 0, False, [5] * ends[-1], ends, "", value, q_values)
+    return Solution("p", 0, False, [5] * ends[-1], ends, "", value, q_values, [])
 
 
 def test_awr_weights_by_hand():
@@ -459,7 +472,9 @@ def pair_loss(weights):
     reference = SFT.log()
 
     def loss(logps):
-        return (weights * dpo_loss(logps[a], logps[b], reference[a], reference[b], BETA)[0]).sum()
+        return (
+            weights * dpo_loss(logps[a], logps[b], reference[a], reference[b], config(beta=BETA))[0]
+        ).sum()
 
     return loss
 
@@ -533,6 +548,35 @@ def stop_at(step, out, kind, items, save_seconds):
         fit_once(out, kind, items, config(save_seconds=save_seconds, nll=0.3))
 
 
+def test_three_steps_by_hand(tmp_path):
+    """Gradients clipped after the step, or those of one parameter; another second beta of Adam; the
+    rate of the step before, or of none; weight decay in the gradient."""
+    c = config(warmup=0.7, clip=0.05, weight_decay=0.3, save_seconds=1e9)
+    examples = make_examples(12)
+    trained = fit_once(tmp_path, "sft", examples, c, epochs=1.0, lr=3e-2)
+    policy = make_policy()
+    parameters = list(policy.model.parameters())
+    first = [torch.zeros_like(p) for p in parameters]
+    second = [torch.zeros_like(p) for p in parameters]
+    norms = []
+    for step, rate in enumerate([1.5e-2, 3e-2, 3e-2]):
+        batch = [examples[i] for i in batch_indices(12, 4, step, c.seed)]
+        _, grad = gradients(policy, batch, nll, c)
+        norms.append(grad.norm().item())
+        with torch.no_grad():
+            for p, m, v in zip(parameters, first, second, strict=True):
+                g = p.grad * min(1, 0.05 / norms[-1])
+                m.lerp_(g, 0.1)
+                v.lerp_(g * g, 0.01)
+                step_size = (m / (1 - 0.9 ** (step + 1))) / (
+                    (v / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8
+                )
+                p -= rate * (0.3 * p + step_size)
+    assert min(norms) > 0.05 and max(norms) > 1.1 * min(norms), "clipping must matter"
+    for p, want in zip(trained.model.parameters(), parameters, strict=True):
+        torch.testing.assert_close(p, want, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_resume_is_exact(tmp_path, kind):
     """Resume that skips or repeats a batch (nano-aha-moment), losses that jump after it
@@ -589,7 +633,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, damage):
     if damage == "moment":
         tensors["exp_avg.w"] = torch.ones(3, 4)
     metadata = None if damage == "no step" else {"step": "7"}
-    train.save_file(tensors, path, metadata=metadata)
+    save_file(tensors, path, metadata=metadata)
     contents = dict(empty=b"", nonsense=b"nonsense" * 20, cut=path.read_bytes()[:-1])
     if damage in contents:
         path.write_bytes(contents[damage])
@@ -656,6 +700,58 @@ def test_the_early_copy(tmp_path):
     assert torch.equal(checkpoint["weight.embed_tokens.weight"], early)
 
 
+def test_a_generator_of_no_epochs_is_the_base(tmp_path):
+    """--generator-epochs 0 that takes a step all the same."""
+    before = make_policy().model.embed_tokens.weight
+    fit_once(tmp_path, "sft", make_examples(8), early_copy=(0.0, tmp_path / "early"))
+    assert torch.equal(GPT.from_pretrained(tmp_path / "early").embed_tokens.weight, before)
+
+
+def test_a_stage_that_starts_anew_clears_its_folder(tmp_path):
+    """Samples, values and responses of the model that stood in the folder before, in the table of
+    the one that was trained in its place."""
+    examples = make_examples(8)
+    made = ["samples.jsonl", "values.jsonl", "pits.jsonl", "pairs.jsonl", "eval/greedy.jsonl"]
+    for folder in ("neg", "early"):
+        for name in [*made, "held_out/greedy.jsonl", "notes.txt", "notes.tmpl"]:
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).write_text("old")
+    stop_at(3, tmp_path, "sft", examples, save_seconds=0)
+    left = {path.name for path in (tmp_path / "neg").iterdir()}
+    assert left == {"checkpoint.safetensors", "notes.txt", "notes.tmpl"}
+    (tmp_path / "neg" / "samples.jsonl").write_text("new")
+    fit_once(tmp_path, "sft", examples, early_copy=(2.5, tmp_path / "early"))
+    assert (tmp_path / "neg" / "samples.jsonl").exists(), "a stage that goes on clears nothing"
+    left = {path.name for path in (tmp_path / "early").iterdir()}
+    assert not left & {"samples.jsonl", "eval", "held_out"} and "notes.txt" in left
+
+
+def test_rounding_is_said(tmp_path, capsys):
+    """A policy that is trained in float32 and sampled in bfloat16, where it is the base again."""
+    policy = make_policy()
+    policy.model.bfloat16().float()  # as released weights are
+    policy.tokenizer.save(tmp_path / "base")
+    policy.model.save_pretrained(tmp_path / "base")
+    policy.folder = str(tmp_path / "base")
+    for dtype, lr in (("float32", 1e-5), ("bfloat16", 1e-5), ("bfloat16", 1.0)):
+        c = config(sampling_dtype=dtype, out=str(tmp_path / f"{dtype}-{lr}"), save_seconds=1e9)
+        trained = copy.deepcopy(policy)
+        fit(trained, make_examples(4), nll, c, "sft", epochs=1.0, lr=lr)
+        err = capsys.readouterr().err
+        said = re.search(r"sampling in bfloat16 rounds (\d+)% of the moved weights back", err)
+        assert bool(said) == (dtype == "bfloat16" and lr < 1)
+        assert not said or int(said[1]) > 50
+
+
+def test_nothing_is_printed_raw(capsys):
+    """Control characters of the data, which clear or recolour the screen."""
+    policy = make_policy()
+    policy.tokenizer = SimpleNamespace(decode=lambda ids: "\x1b[2J red \u202e\n")
+    train.show(policy, Example("p", [1], [2]))
+    printed = capsys.readouterr().out
+    assert printed.isascii() and printed.replace("\n", "").isprintable()
+
+
 @pytest.mark.parametrize("batch, epochs, want", [(4, 3.0, 7), (4, 0.01, 1), (9, 2.0, 2)])
 def test_counts_of_steps(tmp_path, batch, epochs, want):
     """Epochs that are rounded away, or that count batches; gradients that are still allocated when
@@ -687,7 +783,7 @@ def test_it_learns(tmp_path):
     ]
     fit_once(tmp_path / "neg", "dpo", pairs, c, policy, epochs=60.0, lr=2e-3)
     rows = log_rows(tmp_path / "neg")
-    assert float(rows[0]["dpo"]) == pytest.approx(math.log(2), abs=1e-4)
+    assert float(rows[0]["pair_loss"]) == pytest.approx(math.log(2), abs=1e-4)
     assert float(rows[-1]["margin"]) > 1
     assert greedy() != answers
 
@@ -700,25 +796,29 @@ FLAGS = dict(
     model=(str(BASE), lambda calls: calls.load_policy[0].folder),
     seed=(5, lambda calls: calls.batch_indices[0].seed),
     data=("train.jsonl", lambda calls: calls.load_problems[0].data),
-    limit=(7, lambda calls: calls.load_problems[0].limit - FLAGS["held_out"][0]),
-    held_out=(3, lambda calls: calls.load_problems[0].limit - FLAGS["limit"][0]),
+    limit=(7, lambda calls: len(calls.train_sft[0].problems)),
+    held_out=(3, lambda calls: len(calls.evaluate[1].problems)),
     test_data=("test.jsonl", lambda calls: calls.load_problems[1].data),
-    test_limit=(3, lambda calls: calls.load_problems[1].limit),
+    test_limit=(5, lambda calls: len(calls.evaluate[0].problems)),
     prompt=("{question}?\n", lambda calls: calls.sample[0].policy.prompt_format),
-    max_new_tokens=(9, lambda calls: calls.sample[0].policy.max_new_tokens),
-    temperature=(0.9, lambda calls: calls.sample[0].policy.temperature),
+    max_new_tokens=(9, lambda calls: calls.sample[0].policy.sampling.max_new_tokens),
+    temperature=(0.9, lambda calls: calls.sample[0].policy.sampling.temperature),
     slots=(6, lambda calls: calls.sample[0].policy.slots),
     device=("cpu", lambda calls: calls.sample[0].policy.model.norm.weight.device.type),
     dtype=("bfloat16", lambda calls: calls.sample[0].policy.dtype),
+    sampling_dtype=(
+        "float16",
+        lambda calls: str(calls.sample[0].policy.model.norm.weight.dtype)[6:],
+    ),
     threads=(1, lambda calls: torch.get_num_threads()),
     samples=(3, lambda calls: calls.sample[0].n),
     eval_samples=(2, lambda calls: calls.evaluate[0].samples),
     keep=(1, lambda calls: calls.most_diverse[0].limit),
     negatives=(1, lambda calls: calls.solutions_to_value[0].wrong),
-    rollouts=(2, lambda calls: calls.first_pits[0].k),
-    scan=("full", lambda calls: calls.first_pits[0].scan),
+    rollouts=(2, lambda calls: calls.value_steps[0].k),
+    scan=("full", lambda calls: calls.value_steps[0].scan),
     pairs=("response", lambda calls: calls.make_pairs[0].form),
-    beta=(0.7, lambda calls: calls.dpo_loss[0].beta),
+    beta=(0.7, lambda calls: calls.dpo_loss[0].c.beta),
     nll=(0.25, lambda calls: calls.dpo[0].c.nll),  # test_likelihood_beside_eq_1
     batch=(2, lambda calls: calls.batch_indices[0].batch),
     lr=(3e-4, lambda calls: calls.learning_rate[0].peak),
@@ -737,7 +837,8 @@ FLAGS = dict(
     out=("folder", lambda calls: calls.evaluate[0].folder.parts[0]),
 )
 # Those of the next tests.
-OTHER_FLAGS = {"mode", "loss", "split", "spurious", "steps", "distractors"}
+OTHER_FLAGS = {"mode", "loss", "split", "spurious", "steps", "distractors", "again_lr"}
+OTHER_FLAGS |= {"again_epochs"}
 
 
 def spy(monkeypatch, owner, name, calls, fake=None):
@@ -756,17 +857,18 @@ def spy(monkeypatch, owner, name, calls, fake=None):
 
 
 def fake_sample(policy, problems, path, n, temperature=None):
-    """The teacher's solution and wrong ones."""
+    """The teacher's solution, one with a step more, and wrong ones."""
     rows = {}
     for problem in problems:
+        more = policy.tokenizer.encode("1 + 1 = 2\n" + problem.solution) + [EOS]
         wrong = policy.tokenizer.encode(problem.solution.replace("####", "####  3")) + [EOS]
-        samples = [policy.judge(policy.solution(problem), problem)]
-        samples += [policy.judge([i + 5, *wrong], problem) for i in range(n - 1)]
+        samples = [policy.judge(policy.solution(problem), problem), policy.judge(more, problem)]
+        samples += [policy.judge([i + 5, *wrong], problem) for i in range(n - 2)]
         rows[problem.id] = samples
     return rows
 
 
-def fake_first_pits(policy, problems, solutions, path, *, k, scan="first", **_):
+def fake_value_steps(policy, problems, solutions, path, *, k, scan="first", **_):
     for s in solutions:
         s.q_values = [0.0] * len(s.ends)
         s.first_pit = 1
@@ -784,10 +886,11 @@ def calls(tmp_path, monkeypatch):
         )
     monkeypatch.chdir(tmp_path)
     calls = SimpleNamespace()
-    fakes = dict(sample=fake_sample, first_pits=fake_first_pits)
-    names = """fit load_problems load_policy sample most_diverse solutions_to_value first_pits
+    fakes = dict(sample=fake_sample, value_steps=fake_value_steps)
+    fakes["ask_pits_again"] = lambda *arguments, **_: []
+    names = """fit load_problems load_policy sample most_diverse solutions_to_value value_steps
         make_pairs evaluate batch_indices learning_rate my_micro_batches dpo_loss awr_weights
-        save_checkpoint"""
+        save_checkpoint train_sft ask_pits_again"""
     for name in names.split():
         spy(monkeypatch, train, name, calls, fakes.get(name))
     spy(monkeypatch, torch.nn.utils, "clip_grad_norm_", calls)
@@ -817,7 +920,7 @@ def test_flags_reach_what_they_set(calls):
     starts = [str(call.folder) for call in calls.load_policy if call.train]
     assert starts[-4:] == [str(BASE), str(BASE), "folder/pos", "folder/neg"]
     # the seed is of samples and pairs, too; each round samples with one of its own
-    assert [call.policy.seed for call in calls.sample] == [5, 1005, 2005]
+    assert [call.policy.sampling.seed for call in calls.sample] == [5, 1005, 2005]
     assert calls.make_pairs[0].seed == 5
 
 
@@ -831,6 +934,79 @@ def test_modes(calls, mode):
     assert [call.name for call in calls.fit] == STAGES[mode]
     folders = [call.folder for call in calls.evaluate]
     assert [f.parent.name for f in folders if f.name == "eval"] == STAGES[mode]
+
+
+def test_what_each_stage_is_trained_on(calls):
+    """pos that imitates wrong samples, leaves the teacher's out, or those of another policy; own
+    solutions without their end of text; the rate or the epochs of another stage."""
+    run_with(rounds=1, samples=6, keep=2)
+    sft, pos, neg = calls.fit
+    train_problems = calls.train_sft[0].problems
+    teacher = [pos.policy.solution(problem) for problem in train_problems]
+    assert len(teacher) == 7 and [item.response for item in sft.items] == teacher
+    assert [item.response for item in pos.items[:7]] == teacher
+    judged = {}
+    for samples in calls.most_diverse:
+        assert all(s["correct"] for s in samples.samples) and samples.limit == 2
+        judged |= {tuple(s["ids"]): s for s in samples.samples}
+    own = pos.items[7:]
+    assert len(own) == 14, "the teacher's solution and one in other words"
+    assert all(judged[tuple(item.response)]["correct"] for item in own)
+    assert all(item.response[-1] == EOS for item in own)
+    assert {item.id for item in own} == {problem.id for problem in train_problems}
+    folders = [str(call.policy.folder) for call in calls.sample[:2]]
+    assert folders == ["folder/generator", "folder/pos"]
+    assert [str(call.path) for call in calls.sample[:2]] == [f"{x}/samples.jsonl" for x in folders]
+    assert [call.lr for call in calls.fit] == [3e-4, 3e-4, 2e-4]
+    assert [call.epochs for call in calls.fit] == [1.5, 0.75, 1.25]
+    assert neg.loss is LOSSES["dpo"] and isinstance(neg.items[0], Pair)
+
+
+def test_the_table_is_of_test_problems(calls):
+    """A table of training problems; held-out problems that are those of the test."""
+    run_with(rounds=1)
+    asked = {problem.id for problem in calls.train_sft[0].problems}
+    for call in calls.fit:
+        assert {item.id for item in call.items} == asked
+    judged = [(call.folder.name, {p.id for p in call.problems}) for call in calls.evaluate[:2]]
+    assert judged == [("eval", {str(i) for i in range(5)}), ("held_out", {"7", "8", "9"})]
+    assert {str(i) for i in range(7)} == asked, "of the other file"
+
+
+def test_a_file_is_split_by_its_questions(tmp_path, capsys):
+    """A test set that changes with --limit, or of 7 problems; a question that stands twice trained
+    and tested on; held-out questions trained on; fewer training problems than asked for."""
+    problems = load_problems("arithmetic", "train", 300)
+    rows = [dict(question=p.question, answer=p.solution) for p in problems + problems[:60]]
+    write_rows(tmp_path / "p.jsonl", rows)
+    write_rows(tmp_path / "t.jsonl", rows[295:305])
+    flags = dict(data=str(tmp_path / "p.jsonl"), held_out=10, limit=0, test_limit=0)
+    parts = load_data(config(**flags))
+    train, test, held_out = [{p.question for p in part} for part in parts]
+    assert not train & test and not train & held_out and not test & held_out
+    assert train | test | held_out == {p.question for p in problems}
+    assert 20 < len(parts[1]) < 60 and 8 <= len(parts[2]) <= 10
+    few, again, _ = load_data(config(**flags | dict(limit=50)))
+    assert len(few) == 50 and again == parts[1]
+    assert load_data(config(**flags | dict(test_limit=5)))[1] == parts[1][:5]
+    assert "trained on" not in capsys.readouterr().err
+    load_data(config(**flags | dict(test_data=str(tmp_path / "t.jsonl"))))
+    assert "test problems have a question that is trained on" in capsys.readouterr().err
+
+
+def test_repeated_questions_are_sampled_once(tmp_path):
+    """Rows that repeat a question: equal samples of each, and --keep 4 becomes 16."""
+    [one, other] = load_problems("arithmetic", "train", 2)
+    problems = [one, replace(one, id="b", solution="5 + 5 = 10\n#### 10"), other]
+    policy = make_policy()
+    policy.folder = str(tmp_path)
+    samples = train.sample_own_problems(policy, problems, config(samples=2, max_new_tokens=4))
+    assert list(samples) == [one.id, other.id]
+    right = [policy.judge(policy.solution(p), p) for p in (one, replace(one, solution="#### 1"))]
+    right[1]["correct"] = True
+    own = train.own_examples(policy, problems, {one.id: right, other.id: []}, keep=4)
+    assert [item.response for item in own] == [s["ids"] for s in right]
+    assert len(train.teacher_examples(policy, problems)) == 3, "each solution counts for SFT"
 
 
 def test_eq_4_takes_its_flags(calls):

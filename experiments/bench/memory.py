@@ -93,21 +93,29 @@ class Alive(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-def trace(shape, flags):
-    """Bytes held between two steps, and at most in forward and backward, and in the optimizer."""
-    half = [0] * (flags.tokens // 2)
-    pair = Pair("", "response", 1, prompt=half, chosen=half, rejected=half, reference=[0.0, 0.0])
-    micro_tokens = flags.pairs * len(half) * 3  # prompt, chosen, rejected
+def one_pair(tokens):
+    """A pair of so many tokens a side, half of them the prompt."""
+    half = [0] * (tokens // 2)
+    return Pair("", "response", 1, prompt=half, chosen=half, rejected=half, reference=[0.0, 0.0])
+
+
+def trace(hf, pairs, tokens, dtype, checkpointing):
+    """Bytes held between two steps, and at most in forward and backward, and in the optimizer.
+
+    hf: a config.json, of Qwen2 if it does not say. A step is two micro-batches of `pairs` pairs.
+    """
+    pair = one_pair(tokens)
+    micro_tokens = pairs * len(pair.prompt) * 3  # prompt, chosen, rejected
     c = resolve(TrainFlags(data="jsonl", micro_tokens=micro_tokens))
-    config = Config.from_hf(dict(shape, model_type="qwen2"))
+    config = Config.from_hf(dict(model_type="qwen2") | hf)
     with FakeTensorMode(), Alive() as alive:
         model = GPT(config)
-        model.gradient_checkpointing = bool(flags.gradient_checkpointing)
-        policy = Policy(model, None, c.prompt, dtype=flags.dtype)
+        model.gradient_checkpointing = checkpointing
+        policy = Policy(model, None, "", dtype=dtype)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         for _ in range(2):  # AdamW's moments exist from the second step on
             alive.peak = alive.now
-            forward_backward(policy, [pair] * (2 * flags.pairs), dpo, c)
+            forward_backward(policy, [pair] * (2 * pairs), dpo, c)
             in_backward = alive.peak
             alive.peak = alive.now
             optimizer.step()
@@ -123,7 +131,13 @@ def main():
     for name in flags.shapes.split():
         if name not in SHAPES:
             raise UserError(f"--shapes: {name!r} is not one of {', '.join(SHAPES)}")
-        held, in_backward, in_optimizer = trace(SHAPES[name], flags)
+        held, in_backward, in_optimizer = trace(
+            SHAPES[name],
+            flags.pairs,
+            flags.tokens,
+            flags.dtype,
+            checkpointing=bool(flags.gradient_checkpointing),
+        )
         print(f"{name:7}{held / 1e9:18.1f}{in_backward / 1e9:22.1f}{in_optimizer / 1e9:18.1f}")
 
 

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from workers import commands, limits, machine, run_worker
 
-from data import DEFAULT_PROMPT, Tokenizer, apply_presets, flag, format_prompt, parse_flags
+from data import DEFAULT_PROMPT, Tokenizer, apply_presets, flag, parse_flags
 from data import read_problems
 from model import GPT
 from rollout import PolicyFlags, generate, load_policy, run_program
@@ -49,7 +49,11 @@ class BenchFlags:
 def worker(job):
     """Do a job with this checkout."""
     flags = PolicyFlags(
-        data="jsonl", device=job["device"], dtype=job["dtype"], threads=job["threads"]
+        data="jsonl",
+        device=job["device"],
+        dtype=job["dtype"],
+        sampling_dtype=job["dtype"],
+        threads=job["threads"],
     )
     policy = load_policy(job["model"], apply_presets(flags))
     stop_ids = policy.tokenizer.stop_ids
@@ -143,7 +147,7 @@ def main():
     tokenizer = Tokenizer.from_pretrained(c.model)
     prompts = []
     for problem in read_problems(c.data, c.prompts):
-        prompts.append(tokenizer.encode(format_prompt(c.prompt, problem.question)))
+        prompts.append(tokenizer.encode_prompt(c.prompt, problem.question))
     print(
         f"{len(prompts)} prompts x {c.samples} samples x {c.new_tokens} tokens; "
         f"{machine(c.device, c.threads)}; torch {torch.__version__}"

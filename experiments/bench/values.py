@@ -41,7 +41,7 @@ def value(policy, problems, solutions, k, scan):
 
 def main():
     flags = parse_flags(BenchFlags, __doc__)
-    claim_folder(flags, Path(flags.out) / "bench.json")
+    claim_folder(flags, Path(flags.out) / "bench.json", dict(sft=[flags.out]))
     c = resolve(
         TrainFlags(
             out=flags.out,
@@ -57,7 +57,7 @@ def main():
     train_sft(c, problems)
     folder = Path(c.out) / "sft"
     policy = load_policy(folder, c)
-    rollouts = sample(policy, problems, folder / "rollouts.jsonl", c.samples)
+    rollouts = sample(policy, problems, folder / "samples.jsonl", c.samples)
     solutions = solutions_to_value(policy, problems, rollouts, wrong=4)[: flags.solutions]
     print(f"{len(solutions)} wrong solutions, K = {flags.rollouts}")
     print(f"{'scan':8}{'decoded':>10}{'seconds':>9}{'pit as full':>13}")
@@ -69,7 +69,7 @@ def main():
         if full_pits is None:
             full_pits = pits
         same = np.mean(pits == full_pits)
-        _, _, report = pit_report(by_id, valued, flags.rollouts).partition("; ")
+        _, _, report = pit_report(by_id, valued, []).partition("; ")
         print(f"{name:8}{decoded:10}{seconds:9.1f}{same:13.1%}   {report}")
 
 
