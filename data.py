@@ -840,7 +840,7 @@ def extract_answer(text: str | None, bare: bool = True) -> str | None:
     text = TAGS.sub("", _plain(text)).strip()
     marked = False
     for marker, read in ((BOXED, _in_braces), (HASHES, _sentence), (ANSWER_IS, _clause)):
-        for match in reversed(list(marker.finditer(text))):
+        for match in reversed(list(marker.finditer(text))[-50:]):
             marked = True
             answer = read(text[match.end() :])
             if answer:
@@ -1001,6 +1001,7 @@ DIGIT_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}([, '’])\d{3}(?:\1\d{3})*(?![\d,
 
 def _rewrite(text):
     r"""An answer as _value reads it: '\$1{,}000' is '1000', '2\sqrt3' is '2((3)**(1/2))'."""
+    text = " ".join(text.split())
     for pattern, new in LATEX if "\\" in text else []:
         text = re.sub(pattern, new, text)
     for pattern, new in ENGLISH:
