@@ -17,6 +17,7 @@ import ast
 import cmath
 import hashlib
 import json
+import operator
 import os
 import platform
 import random
@@ -794,56 +795,57 @@ def equation_key(text: str) -> tuple[str, ...]:
 
 # --- Answers -------------------------------------------------------------------------------------
 
-# One path: find what a text marks as its answer, rewrite it from LaTeX and English towards Python's
-# arithmetic, compute it, compare by value. What is not understood whole is compared as text, and so
-# equals nothing by accident: a false "right" teaches more harm than a false "wrong".
+# There is one path. Find what a text marks as its answer, rewrite it from LaTeX and English towards
+# Python's arithmetic, compute what is arithmetic, and compare: by value, element by element, or as
+# text. What is not understood whole is not equal: a false "right" becomes a chosen step in the
+# training data, a false "wrong" is one sample lost.
 
 MAX_TAIL = 4_000  # characters at the end of a response that are searched
 MAX_ANSWER = 300  # characters of an answer that are understood; longer ones are compared as text
 
+# The first step: find the answer
+
+SIGNS = str.maketrans("‐‒–—−·⋅∙×÷⁄、’~&", "-----****//,' ,")
 TAGS = re.compile(r"</\w+>|<\|\w+\|>|(?<!\w)\*\*|\*\*(?!\w)|`")  # </answer>, <|im_end|>, bold type
-SIGNS = str.maketrans("‐‒–—−·⋅∙×÷⁄、", "-----****//,") | str.maketrans(
-    {"∞": r"\infty ", "π": r"\pi ", "√": r"\sqrt ", "≈": r"\approx ", "∈": r"\in ", "。": ". "}
-)
-BOXED = re.compile(r"\\f?box(?:ed)?\b\s*(?=\S)")
-# A line '#### Step 2' with text below it is a heading of Markdown.
-HASHES = re.compile(r"#{4,}(?!#|[ \d.)]*[a-z]{3}[^\n]*\n\s*\S)", re.I)
+BOXED = re.compile(r"\\(?:boxed|fbox)\b\s*(?=\S)")
+# A line '#### Step 2' or '#### 2. Cost' with text below it is a heading of Markdown.
+HASHES = re.compile(r"(?<!#)#{4,}(?!#|[ \d.)]*[a-z]{3}[^\n]*\n\s*\S)", re.IGNORECASE)
 ANSWER_IS = re.compile(
-    r"<answer>|^A:|\banswers?\b[^\n.:=\\#]{0,60}?(?:\bis(?:\b|(?=n't))|\bare\b|[:=])", re.I | re.M
+    r"<answer>|^A:|\banswers?\b[^\n.:=?!\\#]{0,60}?(?:\b(?:is|are)(?:\b|(?=n't))|[:=])"
+    r"(?!\s+(?:correct|right)\b)",
+    re.IGNORECASE | re.MULTILINE,
 )
-# Money is no formula: '$7 + $8 = $15'.
-FORMULA = re.compile(
-    r"\$\$?\s*((?:\\.|[^$\s\\])(?:\\.|[^$\\\n])*?)(?<![\s$])\$\$?(?!\d)"
-    r"|\\[(\[]\s*(\S.{0,300}?)\s*\\[)\]]"
+SENTENCE_END = re.compile(r"(?<!\brs)(?<!\bsq)(?<!\\)[.!?](?:\s|$)|[。\n]", re.IGNORECASE)
+# The last clause decides: '6 times 4, which is 24', 'not 12 but 14', '3 plus 4, so 7'.
+BEFORE_CLAUSE = re.compile(
+    r"^.*(?:\b(?:which|that|it)(?:\s+(?:is|are|makes|gives|equals|means)|'s)\b"
+    r"|[,;]\s*(?:so|thus)\b|(?:\bnot|n't)\b.{0,40}\bbut\b)(?=.*\d)",
+    re.IGNORECASE,
 )
-SENTENCE_END = re.compile(r"(?<!\brs)[.!?](?:\s|$)|\n", re.I)
-# What leads to an answer: '6 times 4, which is 24', 'not 12 but 14'.
-BEFORE_ANSWER = re.compile(
-    r".*(?:\b(?:which|that)\s+(?:is|are|makes|equals)|[,;]\s*so|(?:not|n't)\b.*\b(?:but|it is))\b",
-    re.I,
-)
-# What a sentence says behind its answer: '18 because 9 * 2 = 18', '12, not 14', '18 (9 * 2 = 18)'.
-BEHIND_ANSWER = re.compile(
-    r",?\s+(?:because|since|as|given|where|not)\b|,\s+[a-z]{2}|\s\((?=[a-z]{2}|[^()]*=)", re.I
+# What explains an answer is none: '18 because 9 * 2 = 18', '18 (9 * 2 = 18)', '14, not 12'.
+BEHIND_CLAUSE = re.compile(
+    r",?\s+(?:because|since|as|given|where|for (?:all|any)|(?:and )?not|rather|instead)\b"
+    r"|,\s+(?!or\b|and\b)[a-z]+\s+\w|\s\((?=[a-z]{2}|[^()]*=)",
+    re.IGNORECASE,
 )
 
 
 def extract_answer(text: str | None, bare: bool = True) -> str | None:
     r"""The final answer of a solution, or None.
 
-    \boxed decides, else '####', else 'the answer is': of the last one with something behind it, the
-    braces or the sentence. A short line without a marker is its own answer if `bare`.
+    \boxed decides, else '####', else 'the answer is': the last of its kind with something behind
+    it. A short line without a marker is its own answer if `bare`.
 
     >>> extract_answer(r"It is $\boxed{\frac{1}{2}}$."), extract_answer("9 * 2\n#### 18 eggs. Bye")
     ('\\frac{1}{2}', '18 eggs')
     """
     text = TAGS.sub("", _plain(text)).strip()
     marked = False
-    for marker, read in ((BOXED, _in_braces), (HASHES, _sentence), (ANSWER_IS, _clause)):
-        for match in reversed(list(marker.finditer(text))[-50:]):
+    for marker, read in ((BOXED, _in_braces), (HASHES, _clause), (ANSWER_IS, _clause)):
+        for match in reversed(list(marker.finditer(text))[-20:]):  # a text may be nothing but marks
             marked = True
             answer = read(text[match.end() :])
-            if answer:
+            if answer and "\\boxed" not in answer:  # which is empty, or it had decided
                 return answer
     if bare and not marked and 0 < len(text) <= MAX_ANSWER and "\n" not in text:
         return text
@@ -851,17 +853,13 @@ def extract_answer(text: str | None, bare: bool = True) -> str | None:
 
 
 def _plain(text):
-    """The end of a text behind its thoughts, with one spelling of each sign: 'x² − ½' is
-    'x^{2} - 1/2'."""
+    """The end of a text, behind its thoughts, in one spelling: 'x² − ½' is 'x^{2} - 1/2'."""
     text = "" if text is None else str(text)
     text = ANNOTATION.sub("", text[-MAX_TAIL:].rpartition("</think>")[2])
-    text = re.sub(r"\{[^{}]*\}", lambda braces: braces[0].replace("\n", " "), text)
     text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", r"^{\g<0>}", text)
-    text = re.sub("[₀-₉]+", r"_{\g<0>}", text)
-    text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)
-    text = re.sub(r"√(\d+)", r"\\sqrt{\1}", text)
-    text = unicodedata.normalize("NFKC", text).translate(SIGNS)
-    return re.sub(r"[^\x00-\x7f]", lambda char: str(unicodedata.decimal(char[0], char[0])), text)
+    text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)  # 1½ is 1 1/2
+    text = re.sub(r"\n(?=[^{}\n]{0,80}\})", " ", text)  # a line may end within braces
+    return unicodedata.normalize("NFKC", text).translate(SIGNS).strip()
 
 
 def _in_braces(text):
@@ -876,19 +874,65 @@ def _in_braces(text):
     return ""
 
 
-def _sentence(text):
-    """The sentence that opens a text; of '$x + 1$ for all $x$' only the formula."""
-    text = text.lstrip(" \n\t:*}\"'")[: MAX_ANSWER + 1]
-    formula = FORMULA.match(text)
-    if formula and not re.match(r"\s*(?:,|or\b|and\b)\s*[$\\]", text[formula.end() :]):
-        return formula[formula.lastindex].strip()
-    return SENTENCE_END.split(text, maxsplit=1)[0].strip(" \"'_*")
-
-
 def _clause(text):
-    """The same behind words; "" for a sentence that tells a story, as 'She first buys ...'."""
-    sentence = _sentence(text)
-    return "" if len(sentence) > 40 and sentence[0].isalpha() else sentence
+    r"""The clause of a sentence that states the answer: '24' of '6 times 4, which is 24. Bye'."""
+    text = text.lstrip(" \n\t:*}")[: MAX_ANSWER + 1]
+    formula = FORMULA.match(text)
+    if formula and formula[0].startswith(("$$", "\\[")):
+        return formula[formula.lastindex]
+    sentence = SENTENCE_END.split(text, maxsplit=1)[0]
+    return BEHIND_CLAUSE.split(BEFORE_CLAUSE.sub("", sentence), maxsplit=1)[0].strip(" \"'_*")
+
+
+def stated_answer(text: str | None) -> str:
+    """What a solution states as its answer, with or without a marker; "" if it states none."""
+    answer = extract_answer(text, bare=False)
+    text = _plain(text)
+    if answer is None and not BOXED.search(text) and not HASHES.search(text):
+        return _last_line(text)
+    return answer or ""  # behind an empty box nothing else is looked for
+
+
+# '$7 + $8 = $15' is money: '$x$' does not end behind a space or before a digit.
+FORMULA = re.compile(
+    r"\$[$ ]\s*([^$]{1,300}?)\s*[$ ]\$|\$(?=\S)((?:\\.|[^$\\\n])+)(?<!\s)\$(?!\d)"
+    r"|\\[(\[]\s*(.{1,300}?)\s*\\[)\]]",
+    re.DOTALL,
+)
+BOLD = re.compile(r"\*\*([-$]*\d[^*\n:]*)\*\*")
+OPEN_SUM = re.compile(r"(?<!\^)(?<!\^\d)[\d)]\s*(?:[-+*]|\s[/x]\s)\s*[$(]*\d+(?![\w\\^])")
+CHOICE = re.compile(r"\d\s+(?:or|and)\s+(?:[a-z]\s*=\s*)?-?\d+\W*$")
+PROSE = re.compile(r"(?<![\\{A-Za-z])[A-Za-z]{2}.*\s")
+STATED = re.compile(r"-?\$?(?<![\w.^{])\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+SUBJECT = re.compile(
+    r"(?:[^\d:=]{1,40}:)?(?:so|thus|hence|therefore|a total of|[\s,*$-])*\d", re.IGNORECASE
+)
+
+
+def _last_line(text):
+    """What a text without a marker states.
+
+    Its last line with a digit decides: bold type, else the last formula, else what stands behind
+    the last '='. There the first number counts if it is the subject or stands behind '=', as in
+    '5 cars drove through in 15 minutes', else the last, as in 'In 3 weeks she makes $18.' An open
+    sum, as in 'Total = 16 * 2', states nothing.
+    """
+    lines = [line for line in text.split("\n") if any(map(str.isdigit, line))]
+    line = (lines or [text])[-1][-MAX_ANSWER:].strip()
+    emphasised = BOLD.findall(line)
+    if not emphasised:
+        emphasised = [formula[formula.lastindex] for formula in FORMULA.finditer(line)]
+    if emphasised:
+        line = emphasised[-1]
+    side = line.replace("**", "").rpartition("=")[2]
+    if OPEN_SUM.search(side):
+        return ""
+    if emphasised or CHOICE.search(line) or not PROSE.search(line):
+        return line
+    numbers = STATED.findall(side)
+    if not numbers:
+        return ""
+    return numbers[0] if "=" in line or SUBJECT.match(side) else numbers[-1]
 
 
 def is_correct(response: str | None, gold: str | None) -> bool:
@@ -898,124 +942,82 @@ def is_correct(response: str | None, gold: str | None) -> bool:
     (True, False)
     """
     gold = extract_answer(gold)
-    if not gold:
-        return False
-    answer = stated_answer(response)
-    short = BEHIND_ANSWER.split(BEFORE_ANSWER.sub("", answer), maxsplit=1)[0]
-    golds = [gold, re.sub(r"(?<=\d)_\{?\d+\}?$", "", gold)]  # the question may ask for base 8
-    return any(answers_equal(x, y) for x in (answer, short) for y in golds)
+    return bool(gold) and answers_equal(stated_answer(response), gold)
 
 
-def stated_answer(text: str | None) -> str:
-    """What a solution states as its answer, with or without a marker; "" if it states none."""
-    answer = extract_answer(text, bare=False)
-    return _unmarked(_plain(text).strip()) if answer is None else answer
+# The second step: rewrite it
 
-
-BOLD = re.compile(r"\*\*([-$]*\d[^*\n:]*)\*\*")
-LABEL = re.compile(r"[^\d:=]{1,40}:\s*(?=\S)")
-OPENING = re.compile(r"(?:so|thus|hence|therefore|then|a total of|,|\s)*[-$]*\d", re.I)
-STATED = re.compile(r"(?<![\w.])-?\s?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-CHOICE = re.compile(r"\d\s*\b(?:or|and)\b\s*(?:[a-z]\s*=\s*)?\d")
-VARIABLE = re.compile(r"(?<![A-Za-z'])[b-z](?![A-Za-z'])|[\\^]")
-OPEN_SUM = re.compile(r"[\d)]\s*[-+*]\s*[$(]*\d|\d\s+/\s+[$\d]")
-
-
-def _unmarked(text):
-    """What a text without a marker states. Bold type or a last formula decides. A short text
-    without words is its own answer. Else the last line with a digit states what stands behind its
-    last '=', or its last number. An open sum, as in 'Total = 16 * 2', states nothing."""
-    lines = [line for line in text.split("\n") if re.search(r"\d", line)] or [text]
-    line = lines[-1][-MAX_ANSWER:].strip()
-    emphasised = BOLD.findall(line) or [f[f.lastindex] for f in FORMULA.finditer(line)]
-    if emphasised:
-        return emphasised[-1]
-    algebra = VARIABLE.search(text)
-    wordless = not re.search("[A-Za-z]{3}.* ", text) and (algebra or "=" not in text)
-    if line == text and ("\\" in text or wordless):
-        return text if algebra or not OPEN_SUM.search(text) else ""
-    line = LABEL.sub("", line.replace("**", ""))
-    side = line.rpartition("=")[2]
-    numbers = STATED.findall(side)
-    unclear = CHOICE.search(line) or OPEN_SUM.search(side) or VARIABLE.search(side)
-    if unclear or not numbers:
-        return ""
-    return numbers[0] if "=" in line or OPENING.match(side) else numbers[-1]
-
-
-TEXT = r"\\(?:text\w*|mbox|math\w\w|boldsymbol|underline|operatorname)\s*\{([^{}]*)\}"
-LATEX = [  # from LaTeX towards Python's arithmetic, in this order
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|q?quad)(?![A-Za-z])", ""),  # sizes and spaces
-    (r",\s*\\!\s*", ","),
-    (r"\\\\", ";"),  # a row of a matrix ends
-    (r"\\begin\{\w*(?:matrix|array)\}(?:\s*\{[^{}]*\})?", "["),
-    (r";?\s*\\end\{\w*(?:matrix|array)\}", "]"),
-    ("&", ","),
-    (r"^([(\[])\s*(\[[^\[\]]*\])\s*[)\]]$", r"\2"),  # brackets around a matrix
-    (r"\\[!,;:() \]\[]", " "),
-    (TEXT, r" \1 "),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?|\\%|\\\$|\\pounds", " "),
-    (r"(?<=[\d}])\s*\\approx.*|\\approx", ""),  # 2/3 \approx 0.67 is 2/3
-    (r"\\[dtc]frac", r"\\frac"),
-    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),  # LaTeX takes one digit: \frac34
-    (r"\\(frac|sqrt)\s*(\w)", r"\\\1{\2}"),
-    (r"(?<![\d.^{])(\d+)\s*(\\frac\s*\{\d+\}\s*\{\d+\})", r"(\1+\2)"),  # 3\frac{1}{2} is 3 + 1/2
-    (r"\\(?:times|cdot|ast)(?![a-z])", "*"),
-    (r"\\div(?![a-z])", "/"),
-    (r"\\le(?:q|qslant)?(?![a-z])", "≤"),
-    (r"\\ge(?:q|qslant)?(?![a-z])", "≥"),
-    (r"\\cup(?![a-z])", "∪"),
-    (r"\\pm(?![a-z])", "±"),
-    (r"\\\{", "⦃"),
-    (r"\\\}", "⦄"),
-]
-ENGLISH = [  # from English, likewise
-    (r"\{,\}", ","),  # 9{,}500
-    (r"[%$¢-¥₠-⃏~]|°\s*(?:[CF]\b)?|\brs\b\.?", " "),
+COMMANDS = {  # LaTeX's words for signs; of those that only change the looks nothing stays
+    **{"left": "", "right": "", "big": "", "bigl": "", "bigr": "", "displaystyle": "", "quad": ""},
+    **{"dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac", "times": "*", "cdot": "*"},
+    **{"div": "/", "pm": "±", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "approx": "≈"},
+    **{"cup": "∪", "in": "=", "infty": "∞", "circ": "°", "degree": "°", "pounds": "", "angle": ""},
+    **{"pi": "π", "theta": "θ", "alpha": "α", "beta": "β", "gamma": "γ", "lambda": "λ", "phi": "φ"},
+}
+MAGNITUDES = {
+    **{"k": 10**3, "K": 10**3, "thousand": 10**3, "M": 10**6, "million": 10**6, "bn": 10**9},
+    **{"billion": 10**9, "dozen": 12, "hundred": 100, "lakh": 10**5, "crore": 10**7},
+}
+REWRITES = [  # pattern, replacement, in this order
+    (r"\\([A-Za-z]+)\s*", lambda match: COMMANDS.get(match[1], match[0])),
+    (r"\\(?:text\w*|mbox|math\w\w|boldsymbol|underline)\s*\{([^{}]*)\}", r" \1 "),
+    # A matrix is a list of rows: [[1,2],[3,4]].
+    (r"[(\[]?\s*\\begin\s*\{(?:array|matrix)\}(?:\s*\{\w*\})?|\\begin\s*\{\wmatrix\}", "[["),
+    (r"(?:\],\[)?\s*(?:\\end\s*\{(?:array|matrix)\}\s*[)\]]?|\\end\s*\{\wmatrix\})", "]]"),
+    (r"\\[!,;: ]\s*|\\[()\[\]{}]", ""),  # spaces; \( \) around a formula, \{ \} around a set
+    (r"\^?\s*\{?\s*°\s*\}?(?:\s*[CF]\b)?", " "),
+    (r"\\?[$%]|[¢-¥₠-⃏]", " "),
+    (r"(?<=[\d})])\s*≈.*", ""),  # 2/3 \approx 0.67 is 2/3, but x \approx 0.67 is 0.67
+    # From here on English.
+    (r"\b(\d+)\s+[\d.]+-[a-z]", r"\1 "),  # 3 30-minute episodes
+    (r"(\d):00\b(?!:)", r"\1"),  # 2:00 pm
     (r"\b(?:minus|negative)\s+(?=[\d.\\])", "-"),
-    (r":00\b(?!\s*:)", ""),  # 2:00 pm
-    (r"\b(\d+)\s+\d+-[a-z]\w*", r"\1"),  # 3 30-minute episodes
-    (r"(?<![\\A-Za-z])sqrt\s*\(?(\d+)\)?", r"\\sqrt{\1}"),
-    (r"(?<![\d./^])(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)", r"(\1+\2/\3)"),  # 2 1/2
-    (r"(?<=\d)\s*x\s+(?=[\d.])", "*"),
-    ("<=", "≤"),
-    (">=", "≥"),
-    (r"(?<=\d)[eE]([-+]?\d{1,3})\b", r"*10^{\1}"),
-    (r"(?<=\d)[kK]\b(?!\s*[-+*/^])|(?<=\d)\s+thousand\b", "*10^{3}"),
-    (r"(?<=\d)M\b(?!\s*[-+*/^])|(?<=\d)\s+million\b", "*10^{6}"),
-    (r"(?<=\d)\s+billion\b", "*10^{9}"),
-    (r"\s*\b(?:either|both)\s|\s(?:or|and)\s", ","),
-    (r"\s*\(?\bbase[\s-]*(\d+)\)?", r"_\1"),  # 1011 (base 2)
-    (r"_\{?(\w+)\}?", r"_\1"),
-    (r"\s*:\s*", ":"),
-    (r"\b([ap])\.\s?m\b\.?", r"\1m"),
+    (r"(?<=\d)\s+x\s+(?=[\d.])", "*"),  # 9 x 2
+    (r"(?<![\\A-Za-z])pi\b", "π"),
+    (r"(?:√|(?<![\\A-Za-z])sqrt)\s*\(?(\d+)\)?", r"\\sqrt{\1}"),
+    (
+        rf"(?<=\d)\s*({'|'.join(MAGNITUDES)})s?\b(?!\s*[-+*/^(])",
+        lambda match: f"*{MAGNITUDES[match[1]]}",
+    ),
+    (r"\b(?:either|both)\s|\s(?:or|and)\b", ","),
+    (r"_\{(\w+)\}", r"_\1"),
+    # Mixed numbers: 3\frac{1}{2}, 3\frac12, 3 1/2.
+    (r"(?<![\d.^{])(\d+)\s*(\\frac(?:\d\d|\{\d+\}\{\d+\}))", r"(\1+\2)"),
+    (r"(?<![\d./^])(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)", r"(\1+\2/\3)"),
 ]
+ARGUMENT = r"\s*(?:\{([^{}]*)\}|(\w))"
 NESTED = [  # from inside out, as often as they apply
-    (r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"),
-    (r"\\sqrt\s*\[([^\[\]{}]*)\]\s*\{([^{}]*)\}", r"((\2)**(1/(\1)))"),
-    (r"\\sqrt\s*(?:\{([^{}]*)\}|\(([^()]*)\))", r"((\1\2)**(1/2))"),
+    (rf"\\frac{ARGUMENT}{ARGUMENT}", r"((\1\2)/(\3\4))"),
+    (rf"\\sqrt\s*\[([^\[\]{{}}]*)\]{ARGUMENT}", r"((\2\3)**(1/(\1)))"),
+    (rf"\\sqrt{ARGUMENT}", r"((\1\2)**(1/2))"),
     (r"\^\s*\{([^{}]*)\}", r"**(\1)"),
 ]
-DIGIT_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}([, '’])\d{3}(?:\1\d{3})*(?![\d,])")
+DIGIT_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}([, '])\d{3}(?:\1\d{3})*(?![\d,])")
 
 
 def _rewrite(text):
-    r"""An answer as _value reads it: '\$1{,}000' is '1000', '2\sqrt3' is '2((3)**(1/2))'."""
+    r"""An answer closer to arithmetic: '\$1{,}000' is '1000', '2\sqrt3' is '2((3)**(1/2))'."""
     text = " ".join(text.split())
-    for pattern, new in LATEX if "\\" in text else []:
+    text = text.replace("{,}", ",").replace(r"\\", "],[")  # 9{,}500; a row of a matrix ends
+    for pattern, new in REWRITES:
         text = re.sub(pattern, new, text)
-    for pattern, new in ENGLISH:
-        text = re.sub(pattern, new, text)
+    if "(" not in text and "[" not in text:  # (100,101) is a pair, 100,101 a number
+        text = DIGIT_GROUPS.sub(lambda match: match[0].replace(match[1], ""), text)
+    text = re.sub(r"(?<![\d.,])0+(?=\d)", "", text)  # 05 is 5
     before = None
     while before != text and ("\\" in text or "^" in text):
         before = text
         for pattern, new in NESTED:
             text = re.sub(pattern, new, text)
-    if not re.match(r"[^\d)\]]*[(\[⦃]", text):  # (100,101) is a pair, 100,101 a number
-        text = DIGIT_GROUPS.sub(lambda match: match[0].replace(match[1], ""), text)
-    text = re.sub(r"(?<![\d.,])0+(?=\d)", "", text)  # 05 is 5
-    text = text.replace("^", "**").replace("{", "(").replace("}", ")")
-    return " ".join(text.split()).lstrip(" ,:;\"'").rstrip(" .,:;\"'").lower()
+    for sign, new in {"^": "**", "{": "(", "}": ")", "≈": "=", "<=": "≤", ">=": "≥"}.items():
+        text = text.replace(sign, new)
+    return text.lstrip(" ,:\n").rstrip(" .,:;\n").lower()
+
+
+# The third step: compare
+
+# What an equation gives a name to: x = 5, a_10 = 103, f(x) = 2x, abc = 55.
+NAME = re.compile(r"[a-zα-ω]+(?:_\w+)?(?:\([a-z\d]\))?")
 
 
 def answers_equal(a: str, b: str) -> bool:
@@ -1026,83 +1028,68 @@ def answers_equal(a: str, b: str) -> bool:
     """
     a = _plain(a)
     b = _plain(b)
-    if max(len(a), len(b)) > MAX_ANSWER:
-        return a == b
+    if a == b or max(len(a), len(b)) > MAX_ANSWER:
+        return a == b and any(map(str.isalnum, a))
     return _same(_rewrite(a), _rewrite(b))
 
 
-# What may stand before '=' or '\in': x, f(x), a_10, \angle abc.
-NAME = re.compile(
-    r"^((?:\\angle )?[^\d+*/\\=<>≤≥|,(\[-]*(?:_\w+)?(?:\([a-z\d]\))?)\s*(?:=|\\in\b)\s*(?=\S)"
-)
-
-
 def _same(a, b):
-    """Whether two rewritten answers are equal: as text, as lists of equal elements, or by value."""
+    """Whether two rewritten answers are equal: as text, by value, or as lists of equal elements."""
     if _letters(a) == _letters(b):
         return _letters(a) != ""
-    names = [match[1].strip() for match in (NAME.match(a), NAME.match(b)) if match]
-    if len(names) == 2 and names[0] != names[1] and "".join(names).isalpha():
-        return False  # x = 3 is not y = 3
-    if a.count("=") == 1 or "\\in " in a:
-        a = NAME.sub("", a)
-    if b.count("=") == 1 or "\\in " in b:
-        b = NAME.sub("", b)
-    kind, elements = _elements(a)
-    other_kind, others = _elements(b)
-    if kind != other_kind or len(elements) != len(others):
-        return False
-    if kind or len(elements) > 1:
-        return _same_elements(elements, others, ordered=kind != "")
-    a = _side(a)
-    b = _side(b)
-    x = _value(a)
-    y = _value(b)
-    if x is None or y is None:
-        return x is y and _letters(a) == _letters(b) != ""
+    elements = _split(a)
+    others = _split(b)
+    if len(elements) > 1 or len(others) > 1:  # a list without brackets, a set
+        return _same_elements(elements, others, ordered=False)
+    if "=" in a or "=" in b:
+        name, sides = _equation(a)
+        other_name, other_sides = _equation(b)
+        if name and other_name and name != other_name:
+            return False  # x = 3 is not y = 3
+        return _same_elements(sides, other_sides, ordered=False)
+    elements = _in_brackets(a)
+    others = _in_brackets(b)
+    if elements or others:
+        return a[:1] + a[-1:] == b[:1] + b[-1:] and _same_elements(elements, others, ordered=True)
+    x = _number(a)
+    y = _number(b)
     if isinstance(x, Fraction) and isinstance(y, Fraction):
         return x == y
-    return cmath.isclose(x, y, rel_tol=1e-9)
+    return x is not None and y is not None and cmath.isclose(x, y)
 
 
 def _letters(text):
     r"""A text without what makes no difference: '(b)' is 'b', '\cot (x)' is '\cot x'."""
     text = re.sub(r"\(\s*(\w+)\s*\)", r" \1 ", text)
-    text = re.sub(r"(?<=\d)\s+(?=\d)", "_", text)  # 1 2 is not 12
-    return re.sub(r"[\s\\*]+", "", text)
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)|[\\*]|\.(?!\d)", "", text)  # 1 2 is not 12
 
 
-DEPTH = {"(": 1, "[": 1, "⦃": 1, ")": -1, "]": -1, "⦄": -1}
-
-
-def _elements(text):
-    r"""The kind and the elements of a list: '(0, 1]' is ('(]', ['0', '1']). Sets and bare lists are
-    of kind '', a matrix adds a ';' for each further row, and '1 ± x' are two elements."""
-    depths = list(accumulate(DEPTH.get(char, 0) for char in text))
-    separators = [char for char, depth in zip(text, depths, strict=True) if depth == 1]
-    kind = ""
-    level = 0
-    whole = text[:1] in ("(", "[", "⦃") and depths[-1] == 0 and min(depths[:-1]) > 0
-    if whole and (set(separators) & set(",;") or text[0] == "⦃"):
-        kind = (text[0] + text[-1]).replace("⦃⦄", "") + ";" * separators.count(";")
-        level = 1
-        text = " " + text[1:-1] + " "
+def _split(text):
+    """The parts of a text between the commas that stand in no bracket; '1 ± x' is two parts."""
     parts = [""]
-    for char, depth in zip(text, depths, strict=True):
-        if depth == level and char in ",;∪":
+    depth = 0
+    for char in text:
+        depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(char, 0)
+        if depth == 0 and char in ",;∪":
             parts.append("")
         else:
             parts[-1] += char
-    elements = []
-    for part in filter(str.strip, parts):
-        for sign in "+-" if "±" in part else "+":
-            elements.append(part.replace("±", sign).strip())
-    return kind, elements
+    if len(parts) == 1 and "±" in text:
+        parts = [text.replace("±", "+"), text.replace("±", "-")]
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _in_brackets(text):
+    """The elements of a pair, an interval or a matrix; [] for other texts, also for '(x + 1)'."""
+    if text[:1] not in ("(", "[") or text[-1] not in ")]":
+        return []
+    elements = _split(text[1:-1])
+    return elements if len(elements) > 1 or text[0] == "[" else []
 
 
 def _same_elements(left, right, ordered):
-    """Whether lists of one length have equal elements, in this order or in any."""
-    if len(left) > 40:
+    """Whether two short lists have equal elements, in this order or in any."""
+    if len(left) != len(right) or len(left) > 20:
         return False
     right = list(right)
     for element in left:
@@ -1114,95 +1101,91 @@ def _same_elements(left, right, ordered):
     return True
 
 
-def _side(text):
-    """What an equation states: 5 in '2 + 3 = 5' and '5 = x'; of 'x + y = 0' the whole."""
+def _equation(text):
+    """The name before a '=', if any, and what is stated: 5 in 'x = 5', '2 + 3 = 5', '5 = x'.
+
+    Of 'x + y = 1', which neither names nor computes anything, both sides are.
+    """
     sides = [side.strip() for side in text.split("=")]
-    if re.fullmatch(r"[a-z]", sides[-1]):
-        return sides[0]
-    algebra = re.search("[a-z]", sides[0]) and _compute(sides[0]) is not None
-    return text if algebra else sides[-1]
+    if len(sides) == 1:
+        return "", sides
+    if NAME.fullmatch(sides[0]):
+        return sides[0], sides[-1:]
+    if NAME.fullmatch(sides[-1]):
+        return sides[-1], sides[:1]
+    algebra = "\\" in sides[0] or isinstance(_compute(sides[0]), complex)
+    return "", sides if algebra else sides[-1:]
 
 
-# The two rules for words: what may stand before a number, and what may stand behind it as its unit.
-BEFORE = re.compile(r"[^\d\\=+*/^<>≤≥|()\[\]_-]*?(?=-?\s?\.?\d|\()")
-NOT_BEFORE = re.compile(
-    r"\b(?:[b-z]|not?|never|than|of|times|by|twice|half|double|between)\b|n't\b"
-)
-NUMBER = re.compile(r"[-+*/().\d\s]*[\d)](?:\s*\\pi\b)?")
+# Two rules for words. What may stand before a number: 'a total of 5', but not 'f(5)'.
+BEFORE = re.compile(r"(?:(?:[^\W\d_]{2,}|a)(?![^\W\d_])(?:[\s:,-]|\.\s|'s\b)*)*(?=-?\s?\.?\d|\()")
+NUMBER = re.compile(r"[-+*/().\d\sπ]*[\d)π]")
+# What may stand behind it as its unit: '5 cm^2', '5 apples in total', but not '5x', '5 - x'.
 UNIT = re.compile(
-    r"\s*(?![abcxyz]{2,3}\b)(?:[^\W\d_]{2,}|[^\x00-\x7f≤≥∪±]|[mgshl]\b|a\s)"
-    r"[^\d\\=+<>≤≥|()\[\]]*(?:\*\*\(?\d\)?)?"
+    r"\s*/?\s*(?![abcxyz]{3}\b)(?:[^\W\d_α-ω]{3,}|[^\x00-\x7f\W\d_α-ω]+|[mgl]\b|a(?=\s)|[ap]\.?m\b"
+    r"|(?:[ckm]m|[km]g|ml|ft|in|lbs?|oz|mi|hr|sq|tv)\b)"
+    r"(?:[\s.,/'-]+[^\W\d_]+)*\s*(?:\*\*\s?\(?\d\)?)?"
 )
-NOT_A_UNIT = re.compile(r"\b(?:times|plus|minus|lakh|crore|dozen|out of|or|to|squared)\b")
+# And what makes it another number: 'not 5', 'a third of 5', '5 out of ten', '5 squared'.
+NOT_WHOLE = re.compile(
+    r"\b(?:not?|never|than|but|twice|double|triple|between|least|most|plus|minus|squared|cubed"
+    r"|(?:half|third|quarter|square|root|percent|out) of"
+    r"|two|three|four|five|six|seven|eight|nine|ten|[a-z]+teen|(?:twen|thir|for|fif)ty)\b"
+)
 
 
-def _value(text):
-    """The value of a number between words, or of arithmetic: a Fraction while exact, else a float
-    or complex number; None if it is neither."""
+def _number(text):
+    """The value of a number between words, or of arithmetic; None if it is neither."""
     words = BEFORE.match(text)
-    start = 0
-    if words and not NOT_BEFORE.search(words[0]):
-        start = words.end()
-    number = NUMBER.match(text, start)
+    number = NUMBER.match(text, words.end() if words else 0)
     if number:
-        unit = text[number.end() :]
-        if not unit.strip() or UNIT.fullmatch(unit) and not NOT_A_UNIT.search(unit):
-            return _compute(number[0])
+        unit = text[number.end() :].rstrip()
+        if not unit or UNIT.fullmatch(unit):
+            around = text[: number.start()] + unit
+            return None if NOT_WHOLE.search(around) else _compute(number[0])
     return _compute(text)
 
 
-CONSTANTS = {"pi": cmath.pi, "i": 1j}
+TOKEN = re.compile(r"\d+\.?\d*(?:e[-+]?\d+)?|\.\d+|[a-zα-ω](?:_\w+)?|\*\*|\S")
+CONSTANTS = {"π": cmath.pi, "i": 1j}
 
 
 def _compute(text):
-    """The value of a text that is arithmetic with letters, as Python's parser reads it, or None."""
-    tokens = re.findall(r"\d+\.?\d*|\.\d+|\\?[a-z]+|\*\*|\S", text)
-    if len(tokens) > 80 or re.search(r"\d\s+[\d.]", text):
-        return None
-    factors = []  # with the '*' that mathematics leaves out
-    for token in tokens:
-        names = [token.lstrip("\\") or token]
-        if token.isalpha() and token not in CONSTANTS:
-            if len(token) > 1 and not set(token) <= set("abcxyz"):
-                return None  # a word, where xy is x times y
-            names = list(token)
-        for name in names:
-            if factors and re.match(r"[\w.)]", factors[-1][-1]) and re.match(r"[\w.(]", name):
-                factors.append("*")
-            factors.append(name)
+    """The value of a text that is arithmetic with letters, read by Python's parser; else None."""
+    if re.search(r"^[a-z\s]*$|[a-z]{4,}|\d\s+[\d.]|\d_|#", text):
+        return None  # words, two numbers, another base, a comment of Python
+    product = ""
+    for token in TOKEN.findall(text):
+        after_operand = product[-1:].isalnum() or product.endswith((")", "."))
+        if after_operand and (token[0].isalnum() or token[0] in "(."):
+            product += "*"  # mathematics leaves it out
+        product += token
     try:
-        value = _walk(ast.parse("".join(factors), mode="eval").body)
+        value = _walk(ast.parse(product, mode="eval").body)
         return value if cmath.isfinite(value) else None
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return None
 
 
 def _walk(node):
-    """The value of a node of Python's syntax tree. A letter stands for a fixed complex number near
-    1, so that x + 1 equals 1 + x, and nothing else by accident."""
+    """The value of a node of Python's syntax tree: a Fraction while exact, else float or complex.
+
+    A letter stands for a fixed complex number, so that x + 1 equals 1 + x, and nothing else by
+    accident. Its angle is below 1, so that the root of x^2 is x.
+    """
     match node:
-        case ast.Constant(value=int() | float()):
-            return Fraction(ast.unparse(node))
+        case ast.Constant(value=int() | float() as number):
+            return Fraction(str(number))
         case ast.Name(id=name) if name in CONSTANTS:
             return CONSTANTS[name]
-        case ast.Name(id=name) if name.isascii():
-            code = sum(ord(char) * 7**i for i, char in enumerate(name))
-            return cmath.rect(1 + code * 0.7549 % 0.3, code * 0.618 % 0.7)
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_walk(operand)
-        case ast.UnaryOp(op=ast.UAdd(), operand=operand):
-            return _walk(operand)
-        case ast.BinOp(left=left, op=ast.Add(), right=right):
-            return _walk(left) + _walk(right)
-        case ast.BinOp(left=left, op=ast.Sub(), right=right):
-            return _walk(left) - _walk(right)
-        case ast.BinOp(left=left, op=ast.Mult(), right=right):
-            return _walk(left) * _walk(right)
-        case ast.BinOp(left=left, op=ast.Div(), right=right):
-            return _walk(left) / _walk(right)
-        case ast.BinOp(left=left, op=ast.Pow(), right=right):
-            return _power(_walk(left), _walk(right))
-    raise ValueError("not arithmetic")
+        case ast.Name(id=name) if len(name.split("_")[0]) == 1:
+            share = zlib.crc32(name.encode()) / 2**32
+            return cmath.rect(1 + share / 4, share)
+        case ast.UnaryOp(op=ast.UAdd() | ast.USub() as sign, operand=operand):
+            return -_walk(operand) if isinstance(sign, ast.USub) else _walk(operand)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
+            return OPERATORS[type(op)](_walk(left), _walk(right))
+    raise ValueError("this is no arithmetic")
 
 
 def _power(base, exponent):
@@ -1210,9 +1193,18 @@ def _power(base, exponent):
     size = 0
     if isinstance(base, Fraction):
         size = max(abs(base.numerator), base.denominator).bit_length()
-    if isinstance(exponent, complex) or abs(exponent) * size > 4096:
-        base = complex(base)
+    if abs(exponent) * size > 4096:
+        return complex(base) ** complex(exponent)
     return base**exponent
+
+
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: _power,
+}
 
 
 # --- Tokenizer -----------------------------------------------------------------------------------
