@@ -859,7 +859,8 @@ def _plain(text):
     text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", r"^{\g<0>}", text)
     text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)  # 1½ is 1 1/2
     text = re.sub(r"\n(?=[^{}\n]{0,80}\})", " ", text)  # a line may end within braces
-    return unicodedata.normalize("NFKC", text).translate(SIGNS).strip()
+    text = unicodedata.normalize("NFKC", text)[-MAX_TAIL:]  # which makes '½' four characters
+    return text.translate(SIGNS).strip()
 
 
 def _in_braces(text):
@@ -900,9 +901,9 @@ FORMULA = re.compile(
     re.DOTALL,
 )
 BOLD = re.compile(r"\*\*([-$]*\d[^*\n:]*)\*\*")
-OPEN_SUM = re.compile(r"(?<!\^)(?<!\^\d)[\d)]\s*(?:[-+*]|\s[/x]\s)\s*[$(]*\d+(?![\w\\^])")
+OPEN_SUM = re.compile(r"(?<!\^)(?<!\^\d)[\d)]\s*(?:[-+*]|\s[/x]\s)\s*[$(]*\d+(?!\w|\s*[\\^])")
 CHOICE = re.compile(r"\d\s+(?:or|and)\s+(?:[a-z]\s*=\s*)?-?\d+\W*$")
-PROSE = re.compile(r"(?<![\\{A-Za-z])[A-Za-z]{2}.*\s")
+PROSE = re.compile(r"(?<![\\{A-Za-z])(?<!\{ )[A-Za-z]{2}.*\s")
 STATED = re.compile(r"-?\$?(?<![\w.^{])\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 SUBJECT = re.compile(
     r"(?:[^\d:=]{1,40}:)?(?:so|thus|hence|therefore|a total of|[\s,*$-])*\d", re.IGNORECASE
@@ -942,7 +943,10 @@ def is_correct(response: str | None, gold: str | None) -> bool:
     (True, False)
     """
     gold = extract_answer(gold)
-    return bool(gold) and answers_equal(stated_answer(response), gold)
+    if not gold:
+        return False
+    answer = gold if _plain(response) == gold else stated_answer(response)
+    return answers_equal(answer, gold)
 
 
 # The second step: rewrite it

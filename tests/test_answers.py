@@ -150,6 +150,8 @@ RIGHT = {  # kind: responses that state 18, or (response, gold)
         ("x^2 + 1", "1+x^2"),
         ("even", r"\text{even}"),
         (r"\frac{x}{2}", "0.5x"),
+        (r"3 - 2 \sqrt{2}", r"-2\sqrt{2} + 3"),
+        (r"2, 3, \text{ and } 4", "4,3,2"),
     ],
     "clauses": [
         "The answer is 18 because 9 * 2 = 18 and 3 + 4 = 7.",
@@ -308,6 +310,8 @@ def test_no_answer_is_none():
     assert extract_answer("42", bare=False) is None
     assert extract_answer(r"\boxed{\frac{1}{2}}") == r"\frac{1}{2}"
     assert extract_answer(r"The answer is \boxed{}.") is None
+    for gold in ("2 apples and 3 pears", r"4\text{ cm by 5 cm}"):
+        assert is_correct(gold, gold)  # or a file of problems would be refused
     for gold in ("", None, r"\boxed{}"):
         assert not is_correct(gold, gold)
 
@@ -491,4 +495,4 @@ def test_hostile_text_is_cheap(piece):
             is_correct(hostile, "5")
             is_correct(hostile, r"\frac{x}{2}")
             is_correct("5", hostile)
-            assert time.process_time() - start < 0.3, size
+            assert time.process_time() - start < 0.5, size  # a collection of garbage falls in, too

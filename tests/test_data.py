@@ -219,6 +219,21 @@ def test_a_runs_own_problems_are_read_back(tmp_path):
     assert again == problems
 
 
+def test_golds_in_words_are_read(tmp_path):
+    """A whole file of MATH refused, because a gold such as '2, 3, and 4' does not equal itself."""
+    golds = [
+        r"2, 3, \text{ and } 4",
+        "90\\text{ square\nunits}",
+        r"\text{(B)}",
+        "4 apples and 3 pears",
+    ]
+    rows = []
+    for gold in golds:
+        rows.append(dict(problem="q", solution=rf"So \boxed{{{gold}}}.", answer=gold))
+    problems = read_problems(write(tmp_path / "p.jsonl", *rows))
+    assert len(problems) == len(golds) and all(problem.solution for problem in problems)
+
+
 def test_many_rows_of_one_id(tmp_path):
     """Eight seconds for 8,000 rows of one id; an id that another row has."""
     rows = [dict(GOOD, id=id) for id in ["7"] * 3 + ["7-2"] + ["7"] * 8000]
