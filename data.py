@@ -56,6 +56,7 @@ QUESTION_KEYS = ("question", "problem", "prompt", "query")
 SOLUTION_KEYS = ("solution", "response", "output")
 ANNOTATION = re.compile(r"<<[^<>\n]*>>")
 NO_ANSWER = re.compile(r"proof|not ?found|nan|none|null|n/?a|\\(?:boxed|text)\s*\{\s*\}", re.I)
+EMPTY_BOX = re.compile(r"\\boxed\s*\{\s*\}")
 
 
 @dataclass
@@ -141,7 +142,7 @@ def parse_problem(line: bytes, number: int, where: str) -> Problem:
             break
     if not answer:
         gold = extract_answer(solution, bare=False)
-    if not gold and (NO_ANSWER.fullmatch(answer) or NO_ANSWER.search(solution)):
+    if not gold and (NO_ANSWER.fullmatch(answer) or EMPTY_BOX.search(solution)):
         gold = "none"
     if not gold or not is_correct(gold, gold):
         raise UserError(f"{where}: no gold answer that a solution could match; {answer_keys}")

@@ -29,9 +29,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import SPLITS, UserError, answers_equal, apply_presets, claim_folder
-from data import stated_answer, flag, folder_hash, judge_steps, parse_flags, printable
-from data import read_json, read_rows, write_json
+from data import SPLITS, UserError, answers_equal, apply_presets, claim_folder, flag, folder_hash
+from data import judge_steps, parse_flags, printable, read_json, read_rows, stated_answer
+from data import write_json
 from model import token_logps
 from rollout import PolicyFlags, best_of, how_prompted, load_policy, make_pairs, pair_row, read_data
 from rollout import run_program, sample, solutions_to_value, value_steps, world_flags
@@ -222,9 +222,9 @@ def report(results):
 
 
 def pit_report(problems, solutions, again):
-    """A line about the first pits: how many steps a solution has, how many
-    pits keep Q = 0 when they are asked `again` (rows of ask_pits_again), and on the built-in task,
-    where the truth of each step is known, how many are bad steps."""
+    """A line about the first pits: how many steps a solution has, how many pits keep Q = 0 when
+    they are asked `again` (rows of ask_pits_again), and on the built-in task, where the truth of
+    each step is known, how many are bad steps."""
     wrong = [s for s in solutions if not s.correct]
     line = f"{len(wrong)} wrong solutions valued"
     if not wrong:

@@ -194,6 +194,13 @@ def test_answers_that_are_none_are_left_out(tmp_path, capsys):
     assert f"{path}: 6 lines left out, the first is 2" in capsys.readouterr().err
 
 
+def test_a_word_inside_a_solution_is_no_missing_answer(tmp_path):
+    """A line that cannot be read left out instead of refused, because "banana" holds "nan"."""
+    for word in ("banana", "none of them", "a proof"):
+        with pytest.raises(UserError, match="p.jsonl:2: no gold answer"):
+            read_problems(write(tmp_path / "p.jsonl", GOOD, dict(question="q", solution=word)))
+
+
 def test_contradicting_solutions_are_not_imitated(tmp_path, capsys):
     """A teacher's solution that ends in another answer than its row's, imitated without a word."""
     data.note.cache_clear()
