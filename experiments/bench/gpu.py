@@ -26,23 +26,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from memory import SHAPES, one_pair, trace
 from sampling import largest_rate
+from training import step_seconds
 from workers import HERE, limits, machine, run_worker
 
 import rollout
 from data import UserError, flag, parse_flags, write_json
 from model import GPT, Config
 from rollout import Example, Policy, generate, pick_device, run_program
-from train import TrainFlags, add_reference, dpo, forward_backward, nll, resolve
+from train import TrainFlags, add_reference, dpo, nll, resolve
 
-TINY = dict(
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    tie_word_embeddings=True,
-    vocab_size=512,
-)
+TINY = SHAPES["0.5B"] | dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+TINY |= dict(num_attention_heads=4, vocab_size=512)
 
 
 @dataclass
@@ -181,16 +175,9 @@ def training(c, device, loss, rate):
     else:
         rows = random_prompts(policy.model, 2 * c.pairs, c.tokens)
         items = [Example(str(i), row[:1], row[1:]) for i, row in enumerate(rows)]
-    seconds = []
-    for _ in range(4):  # the first one warms up
-        began = time.monotonic()
-        sums = forward_backward(policy, items, loss, flags)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        sums["loss"].item()  # waits for the device
-        seconds.append(time.monotonic() - began)
+    seconds = step_seconds(policy, items, loss, flags, optimizer, steps=3)
     tokens = sum(len(item.sequence[0]) + sum(map(len, item.sequence[1:])) for item in items)
-    speed = tokens / min(seconds[1:])
+    speed = tokens / min(seconds)
     weights = sum(weight.numel() for weight in policy.model.parameters())
     found = dict(tokens_per_s=speed, of_limit=6 * weights * speed / rate)
     if device.startswith("cuda"):

@@ -18,13 +18,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from data import DEFAULT_PROMPT, Tokenizer, flag, is_correct, parse_flags
 from data import read_problems
-from model import GPT
+from model import GPT, collate
 from rollout import generate, run_program
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -46,16 +45,9 @@ class BenchFlags:
 
 def response_logps(model, examples):
     """log pi of all tokens (N, V), float32, where responses are predicted, and targets (N,)."""
-    ids = pad_sequence([torch.tensor(p + r[:-1]) for p, r in examples], batch_first=True)
-    rows = []
-    columns = []
-    targets = []
-    for row, (prompt, response) in enumerate(examples):
-        rows += [row] * len(response)
-        columns += range(len(prompt) - 1, len(prompt) + len(response) - 1)
-        targets += response
-    logits = model.logits(model.hidden(ids)[rows, columns])
-    return logits.float().log_softmax(-1), torch.tensor(targets)
+    batch = collate(examples, "cpu")
+    logits = model.logits(model.hidden(batch.ids)[batch.rows, batch.columns])
+    return logits.float().log_softmax(-1), batch.targets
 
 
 def weights_kept(w, w0, dtype):

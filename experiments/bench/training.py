@@ -67,18 +67,24 @@ def worker(job):
         loss = dpo
         items = make_pairs(job["rows"], job["prompt"])
         add_reference(policy, items, c)  # once, before training
+    seconds = step_seconds(policy, items, loss, c, optimizer, job["steps"])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if job["device"].startswith("cuda"):
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    return dict(seconds=seconds, peak=peak, version=torch.__version__)
+
+
+def step_seconds(policy, items, loss, c, optimizer, steps):
+    """Seconds of each of so many optimizer steps on the same items, behind one that warms up."""
     seconds = []
-    for _ in range(job["steps"] + 1):  # the first one warms up
+    for _ in range(steps + 1):
         began = time.monotonic()
         sums = forward_backward(policy, items, loss, c)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         sums["loss"].item()  # waits for a GPU
         seconds.append(time.monotonic() - began)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    if job["device"].startswith("cuda"):
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    return dict(seconds=seconds[1:], peak=peak, version=torch.__version__)
+    return seconds[1:]
 
 
 def make_pairs(rows, prompt):
