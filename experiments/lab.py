@@ -22,9 +22,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import claim_folder, content_hash, flag, folder_hash, load_problems, provenance
-from data import read_json, write_json, write_rows
+from data import read_json, write_json
 from evaluate import compare, evaluate
-from rollout import Example, Pair, value_steps, load_policy, make_pairs, most_diverse, pair_row
+from rollout import Example, Pair, value_steps, load_policy, most_diverse
 from rollout import progress, sample, solutions_to_value
 from train import LOSSES, TrainFlags, fit, made_by_stage, nll, resolve, teacher_examples
 
@@ -38,6 +38,7 @@ class LabFlags:
     )
     out: str = flag("", "folder of the runs; empty = runs/experiments/NAME-BUDGET")
     jobs: int = flag(0, "cells side by side; 0 = one per core, four on a GPU", least=0)
+    hours: float = flag(0.0, "start no cell later than this; 0 = all of them", least=0)
 
 
 # ---------------------------------------------------------------- one training set
@@ -64,7 +65,8 @@ class Cell:
         self.base = load_policy(self.c.model, self.c)
         self.teacher = teacher_examples(self.base, train)
         self.arms = {}  # {arm: its record}
-        self.picked = {}  # {arm: what `pick` chose}
+        self.picked = {}  # {arm: what `pick` chose, (learning rate, epochs)}
+        self.names = {}  # {arm: the folder of that choice}
 
     def policy(self, name, i=0):
         """Arm `name`, to sample from. i: the round, which has random numbers of its own."""
@@ -75,20 +77,21 @@ class Cell:
         """A response to training problem `id` as an Example."""
         return Example(id, self.base.prompt(self.by_id[id]), ids, weights)
 
-    def fit(self, name, start, items, *, epochs, lr=None, **changes):
+    def fit(self, name, start, items, *, epochs, lr=None, loss=None, **changes):
         """Train arm `name` on Examples or Pairs. Returns the number of its optimizer steps.
 
-        start: another arm, or the absolute path of a model folder. changes: flags of this arm only.
+        start: "base", another arm, or the absolute path of a model folder. loss: if not that of
+        train.py. changes: flags of this arm only.
         """
         c = replace(self.c, **changes)
-        loss = nll
+        default_loss = nll
         default_lr = c.lr
         if isinstance(items[0], Pair):
-            loss = LOSSES[c.loss]
+            default_loss = LOSSES[c.loss]
             default_lr = c.neg_lr
         if not (self.folder / name / "model.safetensors").exists():
-            policy = load_policy(self.folder / start, c, train=True)
-            fit(policy, items, loss, c, name, epochs=epochs, lr=lr or default_lr)
+            policy = load_policy(self.place(start), c, train=True)
+            fit(policy, items, loss or default_loss, c, name, epochs=epochs, lr=lr or default_lr)
         return max(1, round(epochs * len(items) / c.batch))
 
     def arm(self, name, start, items, epochs, **changes):
@@ -96,24 +99,27 @@ class Cell:
         steps = self.fit(name, start, items, epochs=epochs, **changes)
         self.arms[name] = self.judge(name) | dict(steps=steps)
 
-    def pick(self, arm, candidates, train):
-        """Train an arm once for each candidate, and record the one that is best on validation.
-
-        train(name, candidate) returns the optimizer steps. A candidate that was picked before, in
-        `self.picked`, is taken over. Returns the name of the arm's folder.
-        """
-        if arm in self.picked:
-            candidates = [self.picked[arm]]
+    def pick(self, arm, start, items, tries, **changes):
+        """Train an arm with each of `tries`, pairs of (learning rate, epochs), and record the one
+        that is best on validation. What `self.picked` has of the arm is taken over untried."""
+        names = {}
         steps = {}
-        for value in candidates:
-            steps[value] = train(f"{arm}-{value:g}", value)
-        best = candidates[0]
-        if len(candidates) > 1:
-            best = max(candidates, key=lambda value: self.accuracy(f"{arm}-{value:g}"))
-        name = f"{arm}-{best:g}"
-        self.picked[arm] = best
-        self.arms[arm] = self.judge(name) | dict(steps=steps[best])
-        return name
+        for lr, epochs in [self.picked[arm]] if arm in self.picked else tries:
+            name = f"{arm}-{lr:g}-{epochs:g}".replace(" ", "-")
+            names[name] = (lr, epochs)
+            steps[name] = self.fit(name, start, items, epochs=epochs, lr=lr, **changes)
+        best = next(iter(names))
+        if len(names) > 1:
+            best = max(names, key=self.accuracy)
+        self.picked[arm] = names[best]
+        self.names[arm] = best
+        self.arms[arm] = self.judge(best) | dict(steps=steps[best])
+
+    def place(self, start):
+        """The folder of the base, of an arm, or a folder as it is."""
+        if start == "base":
+            return self.c.model
+        return self.folder / self.names.get(start, start)
 
     def accuracy(self, name, split="val"):
         return self.judge(name, split)["accuracy"]
@@ -124,9 +130,9 @@ class Cell:
         if split == "test":
             samples = self.c.eval_samples
         folder = self.folder / name / split
-        result = evaluate(self.policy(name), self.splits[split], folder, samples, ks=(5,))
+        result = evaluate(self.policy(name), self.splits[split], folder, samples)
         record = {}
-        for key in ("accuracy", "spurious", "ended", "pass@5", "maj@5"):
+        for key in ("accuracy", "spurious", "ended", "pass@1", "pass@5"):
             if key in result:
                 record[key] = round(result[key], 4)
         record["correct"] = "".join("01"[correct] for correct in result["correct"])
@@ -146,38 +152,24 @@ class Cell:
                 examples.append(self.example(problem.id, s["ids"]))
         return examples
 
-    def value(self, name, samples, i=0, *, k=None, scan=None, correct=0, into=""):
+    def value(self, name, samples, i=0, *, wrong=None, correct=0, k=None, scan=None, into=""):
         """Value wrong samples of arm `name`, and so many correct ones a problem (Eq. 2).
 
         into: the folder of values.jsonl, if not the arm's own. Returns (solutions, tokens sampled).
         """
         policy = self.policy(name, i)
-        solutions = solutions_to_value(
-            policy, self.train, samples, wrong=self.c.negatives, correct=correct
-        )
-        folder = self.folder / (into or name)
-        folder.mkdir(exist_ok=True)
-        value_steps(
-            policy,
-            self.by_id,
-            solutions,
-            folder / "values.jsonl",
-            k=k or self.c.rollouts,
-            scan=scan or self.c.scan,
-        )
-        if policy.decoded:  # a second call finds the values on disk and samples nothing
-            write_json(folder / "tokens.json", dict(decoded=policy.decoded))
-        return solutions, read_json(folder / "tokens.json").get("decoded", 0)
-
-    def own_pairs(self, name, i, n=None):
-        """Pairs from arm `name`'s own mistakes, as train.py makes them. Returns (pairs, tokens
-        sampled)."""
-        samples = self.sample(name, i, n)
-        solutions, tokens = self.value(name, samples, i)
-        pairs = make_pairs(self.c.pairs, self.base, self.by_id, samples, solutions, self.c.seed)
-        rows = [pair_row(pair, self.base.tokenizer) for pair in pairs]
-        write_rows(self.folder / name / "pairs.jsonl", rows)
-        return pairs, tokens + count_tokens(samples)
+        wrong = self.c.negatives if wrong is None else wrong
+        solutions = solutions_to_value(policy, self.train, samples, wrong=wrong, correct=correct)
+        path = self.folder / (into or name) / "values.jsonl"
+        tokens = path.parent / "tokens.json"
+        path.parent.mkdir(exist_ok=True)
+        if not tokens.exists():  # what a kill left of them cost tokens that nobody counted
+            path.unlink(missing_ok=True)
+        k = k or self.c.rollouts
+        value_steps(policy, self.by_id, solutions, path, k=k, scan=scan or self.c.scan)
+        if not tokens.exists():
+            write_json(tokens, dict(decoded=policy.decoded))
+        return solutions, read_json(tokens)["decoded"]
 
 
 def arithmetic_cell(folder, *, limit, seed, spurious=0.2, val=400, test=1000, **flags):
@@ -207,30 +199,37 @@ def share(verdicts):
 
 def sweep(c, name, work, keys, **shared):
     """{key: work(folder, *key, **shared)} for every key, some side by side. The results are JSON
-    objects on disk; what is there is not made again."""
+    objects on disk; what is there is not made again. With --hours, cells may be left out."""
+    began = time.monotonic()
     root = Path(c.out or f"runs/experiments/{name}-{c.budget}")
     folders = {key: root / "-".join(map(str, key)) for key in keys}
     todo = [key for key in keys if not (folders[key] / "cell.json").exists()]
     jobs = c.jobs or (4 if c.budget == "gpu" else os.cpu_count())
     bar = progress(name, "cell", len(keys), len(keys) - len(todo))
+    until = began + c.hours * 3600 if c.hours else math.inf
     if jobs == 1:
         for key in todo:
-            run_cell(work, folders[key], key, shared)
+            run_cell(work, folders[key], key, shared, until)
             bar.update()
     else:
         # spawn: a forked process would share the parent's half-started threads
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-            futures = [pool.submit(run_cell, work, folders[key], key, shared) for key in todo]
+            futures = [
+                pool.submit(run_cell, work, folders[key], key, shared, until) for key in todo
+            ]
             for future in as_completed(futures):
                 future.result()
                 bar.update()
     bar.close()
-    return {key: read_json(folders[key] / "cell.json") for key in keys}
+    cells = {key: read_json(folders[key] / "cell.json") for key in keys}
+    return {key: cell for key, cell in cells.items() if cell}
 
 
-def run_cell(work, folder, key, shared):
-    """Make one cell. What it prints goes to its log."""
+def run_cell(work, folder, key, shared, until=math.inf):
+    """Make one cell, if it is not too late for it. What it prints goes to its log."""
+    if time.monotonic() > until:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with open(folder / "log.txt", "a", buffering=1) as log:

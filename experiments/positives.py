@@ -22,7 +22,7 @@ from lab import LabFlags, against, arithmetic_cell, arm_rows, figure, publish, s
 
 from data import parse_flags
 from model import token_logps
-from rollout import distinct, most_diverse, run_program
+from rollout import distinct, make_pairs, most_diverse, run_program
 from train import teacher_examples
 
 BUDGETS = {
@@ -132,7 +132,9 @@ def train_inserted(cell, problems, pits, inserted):
         train(f"spurious-{n}", [insert(rng, p, n, pits[p.id]) for p in problems])
         train(f"harmless-{n}", [insert(rng, p, n) for p in problems])
     worst = f"spurious-{max(inserted)}"
-    pairs, _ = cell.own_pairs(worst, 1, min(16, cell.c.samples))
+    samples = cell.sample(worst, 1, min(16, cell.c.samples))
+    solutions, _ = cell.value(worst, samples, 1)
+    pairs = make_pairs(cell.c.pairs, cell.base, cell.by_id, samples, solutions, cell.c.seed)
     if pairs:
         cell.arm(f"{worst}-neg", worst, pairs, epochs=4.0)
 

@@ -46,7 +46,7 @@ def run(monkeypatch):
 # ---------------------------------------------------------------- experiments
 
 
-@pytest.mark.parametrize("name", ["scaling", "positives", "credit", "star", "smollm", "theorem"])
+@pytest.mark.parametrize("name", ["controls", "positives", "star", "smollm", "theorem"])
 def test_every_script_runs_and_publishes(name, run, tmp_path):
     """A script that nobody ran since the modules changed; a result without seeds, verdicts or
     provenance; a smoke run among the committed results."""

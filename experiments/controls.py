@@ -1,0 +1,562 @@
+"""What do own data, negatives, step credit and the pit each earn? A table of arms, with what each
+of them sampled (targets 1-3, 9-12, 16, 17, 19, 20).
+
+    python experiments/controls.py --budget cpu
+    python experiments/controls.py --budget cpu --hours 2     # and go on another day
+
+A cell is a training set of the built-in task: a rate e of spurious steps, a number of problems, a
+seed. sft samples the problems for pos, and pos samples them for everyone else. An arm is a row of
+ARMS: where it starts and what it is trained on. Each has four tries of a learning rate and a number
+of epochs; seed 0 chooses on the validation split, and the other seeds take over what it chose.
+
+The first figure is a dose and its effect: x, the share of pos's right samples that hold a wrong
+step; y, how far neg is ahead of positives asked again for as many sampled tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+import torch
+from lab import Cell, LabFlags, arithmetic_cell, bits, count_tokens, data_worth, errors_by_size
+from lab import figure, publish, resampled, share, slope, spread, sweep, with_interval
+
+from data import is_lucky, judge_steps, parse_flags
+from evaluate import q_by_step
+from model import token_logps
+from rollout import PAIR_FORMS, Example, Pair, advantages, correct_continuations, find_first_pit
+from rollout import first_other, make_pairs, run_program, sample, solutions_to_value, value_steps
+from train import awr_weights
+
+# ---------------------------------------------------------------- what a policy's samples gave
+
+
+@dataclass
+class Own:
+    """What a policy sampled of its training problems. Each part is made when it is first asked for,
+    then it lies on disk. It comes with the number of tokens that it took, those of the samples
+    before it included."""
+
+    cell: Cell
+    name: str  # the policy's
+    i: int  # its round, which has random numbers of its own
+
+    def policy(self):
+        return self.cell.policy(self.name, self.i)
+
+    def samples(self):
+        samples = self.cell.sample(self.name, self.i)
+        return samples, count_tokens(samples)
+
+    def valued(self, k=None):
+        """Wrong samples, their steps valued up to the first pit by k continuations each."""
+        samples, tokens = self.samples()
+        into = f"{self.name}-K{k}" if k else self.name
+        solutions, more = self.cell.value(self.name, samples, self.i, k=k, into=into)
+        return solutions, tokens + more
+
+    def fully_valued(self):
+        """Two wrong samples and a right one of each problem, all of their steps valued."""
+        samples, tokens = self.samples()
+        amount = dict(wrong=2, correct=1, k=4, scan="full", into=f"{self.name}-full")
+        solutions, more = self.cell.value(self.name, samples, self.i, **amount)
+        return solutions, tokens + more
+
+    def more_samples(self):
+        """Samples alone, for as many tokens as `valued` took."""
+        n = round(self.cell.c.samples * self.valued()[1] / self.samples()[1])
+        samples = self.cell.sample(self.name, self.i, n)
+        return samples, count_tokens(samples)
+
+    def pairs(self, form, solutions, samples=None):
+        cell = self.cell
+        samples = samples or self.samples()[0]
+        return make_pairs(form, cell.base, cell.by_id, samples, solutions, cell.c.seed)
+
+    def random(self, s):
+        """Random numbers of a solution."""
+        return np.random.default_rng([self.cell.c.seed, s.sample, *s.ids])
+
+
+# ---------------------------------------------------------------- what the arms are trained on
+
+# Each of these takes the Own of the policy that an arm starts from, or learns from, and returns
+# (Examples or Pairs, tokens sampled for them).
+
+
+def first_pits(own, form="continuation", k=None):
+    """Pairs of a form, from the first pits of wrong samples."""
+    solutions, tokens = own.valued(k)
+    return own.pairs(form, solutions), tokens
+
+
+def chosen_alone(own):
+    """The chosen texts of the same pairs, to imitate: what does the rejected side add?"""
+    pairs, tokens = first_pits(own)
+    return [Example(pair.id, pair.prompt, pair.chosen) for pair in pairs], tokens
+
+
+def other_step_form(s, correct, split):
+    """Another step of the same wrong solution in the pit's place: is it the pit that matters?"""
+    prefix, chosen, pit = PAIR_FORMS["continuation"](s, correct, split)
+    others = [s.step(i) for i in range(1, len(s.ends) + 1) if s.step(i) != pit]
+    choice = np.random.default_rng(s.ids).integers(max(1, len(others)))
+    return prefix, chosen, others[choice] if others else pit
+
+
+PAIR_FORMS["other step"] = other_step_form
+
+
+def earlier_steps(own):
+    """A random step before the pit, from its own prefix, against a correct way to go on there."""
+    solutions, tokens = own.valued()
+    cell = own.cell
+    places = [(s, own.random(s).integers(1, s.first_pit)) for s in solutions if s.first_pit > 1]
+    counts = {(s.id, tuple(s.through_step(i - 1))): 0 for s, i in places}
+    # the continuations that these steps were valued with, once more: nothing new is sampled
+    found = correct_continuations(own.policy(), cell.by_id, counts, cell.c.rollouts)
+    pairs = []
+    for s, i in places:
+        prefix = s.through_step(i - 1)
+        ways = sorted(found[s.id, tuple(prefix)], key=len)
+        chosen = first_other(ways, s.step(i), cell.base)
+        if chosen is not None:
+            prompt = cell.base.prompt(cell.by_id[s.id]) + prefix
+            pairs.append(Pair(s.id, "earlier step", i, prompt, chosen, s.step(i)))
+    return pairs, tokens
+
+
+def whole_solutions(own, form="response", more=True):
+    """Right against wrong solutions, without values: what does the credit of a step add?"""
+    samples, tokens = own.more_samples() if more else own.samples()
+    wrong = own.cell.c.negatives * (2 if more else 1)
+    solutions = solutions_to_value(own.policy(), own.cell.train, samples, wrong=wrong)
+    for s in solutions:
+        s.first_pit = len(s.ends)
+    return own.pairs(form, solutions, samples), tokens
+
+
+def both_parts(own):
+    """Algorithm 1's parts 1 and 2: a step of a right solution counts as a pit, too, if it loses a
+    quarter of the value or more."""
+    solutions, tokens = own.fully_valued()
+    low = [s for s in solutions if s.correct and min(advantages(s)) <= -0.25]
+    low = [replace(s, correct=False, first_pit=find_first_pit(s.q_values)) for s in low]
+    counts = {(s.id, tuple(s.through_step(s.first_pit - 1))): 0 for s in low}
+    found = correct_continuations(own.policy(), own.cell.by_id, counts, 4)  # those of the values
+    for s in low:
+        s.continuations = found[s.id, tuple(s.through_step(s.first_pit - 1))]
+    part_1 = own.pairs("continuation", [s for s in solutions if not s.correct])
+    part_2 = own.pairs("continuation", low)
+    return part_1 + part_2, tokens
+
+
+def part_one(own):
+    """What both_parts has, without part 2."""
+    solutions, tokens = own.fully_valued()
+    return own.pairs("continuation", [s for s in solutions if not s.correct]), tokens
+
+
+def positives(own, keep=4, more=True):
+    """Own right solutions, the most diverse of each problem."""
+    samples, tokens = own.more_samples() if more else own.samples()
+    return own.cell.positives(samples, keep), tokens
+
+
+def with_teacher(own, **how):
+    """The same beside the teacher's solutions, to train the base on."""
+    items, tokens = positives(own, **how)
+    return own.cell.teacher + items, tokens
+
+
+def filtered(own):
+    """Per-step RFT: D, and as many own solutions as RFT has, those whose worst step loses least."""
+    solutions, tokens = own.fully_valued()
+    n = len(own.cell.positives(own.samples()[0]))
+    best = sorted(solutions, key=lambda s: -min(advantages(s)))[:n]
+    return own.cell.teacher + [own.cell.example(s.id, s.ids) for s in best], tokens
+
+
+def weighted_by_advantage(own):
+    """AWR (Eq. 4)."""
+    solutions, tokens = own.fully_valued()
+    beta = own.cell.c.beta
+    return [own.cell.example(s.id, s.ids, awr_weights(s, beta)) for s in solutions], tokens
+
+
+def step_credit(own):
+    """Signed weights for a policy gradient: the advantage of each token's step."""
+    solutions, tokens = own.fully_valued()
+    items = []
+    for s in solutions:
+        weights = []
+        for i, advantage in enumerate(advantages(s), 1):
+            weights += [advantage] * len(s.step(i))
+        items.append(own.cell.example(s.id, s.ids, weights))
+    return items, tokens
+
+
+def outcome_credit(own):
+    """The same with the outcome of the solution instead, minus the problem's mean."""
+    samples, tokens = own.more_samples()
+    n = own.cell.c.negatives
+    solutions = solutions_to_value(own.policy(), own.cell.train, samples, wrong=n, correct=n)
+    items = []
+    for s in solutions:
+        weights = [s.correct - s.value] * len(s.ids)
+        items.append(own.cell.example(s.id, s.ids, weights))
+    return items, tokens
+
+
+def policy_gradient(start, model, examples, c):
+    """A loss: -sum of w_t log pi(y_t), in which a negative w_t fades as the policy leaves what
+    `start` sampled (TOPR's taper, arXiv 2503.14286, here token by token)."""
+    sequences = [example.sequence for example in examples]
+    logps = token_logps(model, sequences)
+    with torch.no_grad():
+        ratio = (logps - token_logps(start, sequences)).exp()
+    weights = torch.tensor([w for example in examples for w in example.weights])
+    taper = torch.where(weights < 0, ratio.clamp(max=1), 1.0)
+    return -(weights * taper * logps).sum(), {"nll": -logps.detach().sum()}
+
+
+# ---------------------------------------------------------------- the arms
+
+FROM_BASE = [(5e-4, 5.0), (5e-4, 7.0), (5e-4, 10.0), (5e-4, 14.0)]  # (learning rate, epochs)
+GO_ON = [(3e-5, 2.0), (1e-4, 2.0), (3e-4, 2.0), (1e-4, 4.0)]  # with examples
+ON_PAIRS = [(1e-5, 3.0), (3e-5, 3.0), (1e-4, 3.0), (3e-5, 6.0)]
+
+
+@dataclass
+class Arm:
+    own: str  # whose samples it learns from
+    items: Callable
+    start: str = ""  # where it starts; empty: from that policy itself
+    tries: list = field(default_factory=lambda: ON_PAIRS)
+    flags: dict = field(default_factory=dict)  # of train.py
+    signed: bool = False  # a policy gradient
+
+
+CORE = {
+    "neg": Arm("pos", first_pits),
+    "pos again": Arm("pos", positives, tries=GO_ON),
+    "chosen alone": Arm("pos", chosen_alone, tries=GO_ON),
+    "whole": Arm("pos", whole_solutions),
+}
+CONTROLS = CORE | {
+    "neg, nll 0.3": Arm("pos", first_pits, flags=dict(nll=0.3)),
+    "other step": Arm("pos", partial(first_pits, form="other step")),
+    "earlier step": Arm("pos", earlier_steps),
+    "whole, half": Arm("pos", partial(whole_solutions, more=False)),
+    "again from base": Arm("pos", partial(with_teacher, keep=8), "base", FROM_BASE),
+    "neg2": Arm("neg", first_pits),
+    "pos a third time": Arm("pos again", positives, tries=GO_ON),
+    "neg on pos again": Arm("pos again", first_pits),
+}
+ALL = CONTROLS | {
+    "outcome pg": Arm("pos", outcome_credit, signed=True),
+    "step pg": Arm("pos", step_credit, signed=True),
+    "awr": Arm("pos", weighted_by_advantage, tries=GO_ON),
+    "part 1": Arm("pos", part_one),
+    "parts 1, 2": Arm("pos", both_parts),
+    "algorithm 1": Arm("pos", partial(first_pits, form="algorithm1")),
+    "step by step": Arm("pos", partial(first_pits, form="step")),
+    "farthest": Arm("pos", partial(whole_solutions, form="farthest", more=False)),
+    "per-step RFT": Arm("sft", filtered, "base", FROM_BASE),
+    "K 1": Arm("pos", partial(first_pits, k=1)),
+    "K 3": Arm("pos", partial(first_pits, k=3)),
+    "K 20": Arm("pos", partial(first_pits, k=20)),
+}
+
+
+SETS = dict(ladder=None, core=CORE, controls=CONTROLS, all=ALL)
+MAIN = 0.2  # the rate at which data is counted
+PARTS = [  # one after the other: (rate, problems, arms)
+    [(0.2, 200, "all"), (0.3, 200, "core"), (0.1, 200, "core"), (0.0, 200, "core")],
+    [(0.2, 100, "controls"), (0.2, 400, "controls"), (0.25, 200, "core"), (0.2, 50, "core")],
+    [(0.3, 400, "core"), (0.25, 400, "core"), (0.1, 400, "core"), (0.0, 400, "core")],
+    [(0.2, 800, "ladder"), (0.2, 1600, "ladder"), (0.2, 3200, "ladder"), (0.4, 400, "core")],
+]
+BUDGETS = {
+    "smoke": dict(
+        parts=[[(0.2, 6, "all"), (0.2, 8, "ladder")]],
+        seeds=1,
+        shared=dict(
+            tries=1,
+            traces=2,  # test problems whose steps are valued under every arm
+            flags=dict(test=6, val=4, samples=4, rollouts=2, negatives=2, eval_samples=2),
+        ),
+    ),
+    "cpu": dict(
+        parts=PARTS, seeds=4, shared=dict(tries=4, traces=100, flags=dict(test=600, eval_samples=8))
+    ),
+    "gpu": dict(
+        parts=PARTS,
+        seeds=10,
+        shared=dict(tries=4, traces=400, flags=dict(test=2000, eval_samples=8)),
+    ),
+}
+
+
+def work(folder, rate, size, seed, *, arms, picked, tries, traces, flags):
+    """The cell of one training set. arms: {(rate, size): a key of SETS}. picked: {(rate, size):
+    {arm: the rate and the epochs that seed 0 chose}}. tries: how many of an arm's."""
+    cell = arithmetic_cell(folder, limit=size, seed=seed, spurious=rate, **flags)
+    cell.picked = dict(picked.get((rate, size), {}))
+    cell.pick("sft", "base", cell.teacher, FROM_BASE[:tries])
+    cell.arms["sft"]["tokens"] = 0
+    result = dict(rate=rate, size=size, seed=seed, picked=cell.picked, arms=cell.arms)
+    if arms[rate, size] == "ladder":  # SFT's alone
+        return result
+    rft = Arm("sft", partial(with_teacher, more=False), "base", FROM_BASE)
+    for name, arm in dict(pos=rft, **SETS[arms[rate, size]]).items():
+        train_arm(cell, name, arm, tries)
+    for name in cell.arms:
+        cell.arms[name] |= look_at(cell, name, traces)
+    if "pos" not in cell.arms:
+        return result
+    own = Own(cell, cell.names["pos"], 1)
+    return result | dict(pos=quality(cell, own.samples()[0]), pits=pits(cell, own))
+
+
+def train_arm(cell, name, arm, tries):
+    """Train an arm and add what it took to its record: sampled tokens and optimizer steps, those of
+    the policies before it included."""
+    before = cell.arms.get(arm.own)
+    if before is None:
+        return  # its policy found nothing to learn from
+    i = dict(sft=0, pos=1).get(arm.own, 2)
+    items, tokens = arm.items(Own(cell, cell.names[arm.own], i))
+    if not items:
+        return
+    start = arm.start or arm.own
+    loss = None
+    if arm.signed:
+        loss = partial(policy_gradient, cell.policy(cell.names[start]).model)
+    cell.pick(name, start, items, arm.tries[:tries], loss=loss, **arm.flags)
+    record = cell.arms[name]
+    record["tokens"] = before["tokens"] + tokens
+    record["steps"] += cell.arms[start]["steps"] if start != "base" else 0
+    record["items"] = len(items)
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+def look_at(cell, name, traces):
+    """Luck of an arm's right test samples, and Q of the first steps of sft's solutions."""
+    test = cell.splits["test"]
+    folder = cell.folder / cell.names[name] / "test"
+    record = {}
+    if cell.c.eval_samples:
+        policy = cell.policy(cell.names[name])
+        drawn = sample(policy, test, folder / "samples.jsonl", cell.c.eval_samples)
+        record["luck"] = luck(test, drawn)
+    few = test[:traces]
+    sft = cell.policy(cell.names["sft"])
+    path = cell.folder / cell.names["sft"] / "test" / "greedy.jsonl"
+    solved = sample(sft, few, path, 1, temperature=0)  # it is there
+    solutions = solutions_to_value(sft, few, solved, wrong=1, correct=1)
+    policy = cell.policy(cell.names[name])
+    by_id = {problem.id: problem for problem in few}
+    value_steps(policy, by_id, solutions, folder / "values.jsonl", k=cell.c.rollouts, scan="full")
+    record["q"] = [round(row["q"], 4) for row in q_by_step(solutions)[:4]]
+    return record
+
+
+def luck(problems, samples):
+    """Share of the right samples that hold a wrong step."""
+    lucky = []
+    for problem in problems:
+        lucky += [is_lucky(problem, s["text"]) for s in samples[problem.id] if s["correct"]]
+    return share(lucky or [0])
+
+
+def quality(cell, samples):
+    """Of samples of the training problems: how many are right, and of these how many by luck."""
+    right = [s["correct"] for drawn in samples.values() for s in drawn]
+    return dict(right=share(right), luck=luck(cell.train, samples))
+
+
+def pits(cell, own):
+    """{K: the first pits from K continuations against the truth}. Precision: a pit is a bad step.
+    Recall: it is the step after the last good one, where all was lost."""
+    found = {}
+    for k in (None, 1, 3, 20):
+        if k and f"K {k}" not in cell.arms:
+            continue
+        bad = []
+        lost = []
+        for s in own.valued(k)[0]:
+            labels = judge_steps(cell.by_id[s.id], s.text)
+            good = [i for i, label in enumerate(labels, 1) if label == "good"]
+            bad.append(s.first_pit not in good)
+            lost.append(s.first_pit == max(good, default=0) + 1)
+        found[k or cell.c.rollouts] = dict(precision=share(bad), recall=share(lost))
+    return found
+
+
+# ---------------------------------------------------------------- summary
+
+QUESTIONS = {  # what an arm and another beside it say
+    "own positives": ("pos", "sft"),
+    "asked again": ("pos again", "pos"),
+    "negatives, at equal tokens": ("neg", "pos again"),
+    "negatives, from pos": ("neg", "pos"),
+    "the rejected side": ("neg", "chosen alone"),
+    "the pit, not another step": ("neg", "other step"),
+    "the pit, not an earlier step": ("neg", "earlier step"),
+    "step credit, at equal tokens": ("neg", "whole"),
+    "whole solutions, at equal tokens": ("whole", "pos again"),
+    "step credit, of equal samples": ("neg", "whole, half"),
+    "going on, not from the base": ("pos again", "again from base"),
+    "likelihood beside": ("neg, nll 0.3", "neg"),
+    "a second round": ("neg2", "neg"),
+    "second rounds, at equal tokens": ("neg2", "pos a third time"),
+    "where positives stop": ("neg on pos again", "pos a third time"),
+    "advantages, not outcomes": ("step pg", "outcome pg"),
+    "pairs, not weights": ("neg", "awr"),
+    "part 2": ("parts 1, 2", "part 1"),
+    "a continuation, not a solution": ("neg", "algorithm 1"),
+    "a continuation, not a step": ("neg", "step by step"),
+    "filtered steps": ("per-step RFT", "pos"),
+}
+NUMBERS = "accuracy pass@1 pass@5 spurious luck tokens steps items".split()
+
+
+def summarise(cells):
+    """{"e 0.2, 200 problems": ...} of all cells of one rate and size."""
+    groups = {}
+    for cell in cells:
+        groups.setdefault((cell["rate"], cell["size"]), []).append(cell)
+    return {f"e {rate}, {size} problems": one_set(group) for (rate, size), group in groups.items()}
+
+
+def one_set(cells):
+    """Means over the seeds with their intervals, and the answers to QUESTIONS by bootstrap over
+    seeds and problems, in points."""
+    arms = [arm for arm in cells[0]["arms"] if all(arm in cell["arms"] for cell in cells)]
+    records = {arm: [cell["arms"][arm] for cell in cells] for arm in arms}
+    summary = dict(seeds=len(cells), arms={}, questions={})
+    for arm in arms:
+        numbers = {
+            key: spread([r[key] for r in records[arm]]) for key in NUMBERS if key in records[arm][0]
+        }
+        if "q" in records[arm][0]:
+            numbers["q"] = np.mean([r["q"] for r in records[arm]], 0).round(4).tolist()
+        summary["arms"][arm] = numbers
+    errors = resampled({arm: np.array([bits(r["correct"]) for r in records[arm]]) for arm in arms})
+    for question, (arm, other) in QUESTIONS.items():
+        if arm in errors and other in errors:
+            summary["questions"][question] = with_interval(100 * (errors[other] - errors[arm]))
+    if "pos" in cells[0]:
+        summary["right"] = float(np.mean([cell["pos"]["right"] for cell in cells]))
+        summary["luck"] = float(np.mean([cell["pos"]["luck"] for cell in cells]))
+        summary["pits"] = {
+            k: {
+                key: float(np.mean([cell["pits"][k][key] for cell in cells]))
+                for key in ("precision", "recall")
+            }
+            for k in cells[0]["pits"]
+        }
+    return summary
+
+
+def worth(cells):
+    """SFT's slope, and how many times the data each arm is worth, read off SFT's ladder."""
+    errors = errors_by_size(cells)
+    ladder = sorted(size for arm, size in errors if arm == "sft")
+    sft = np.array([errors["sft", size] for size in ladder])
+    summary = dict(ladder=ladder, sft=[with_interval(error) for error in sft])
+    if len(ladder) > 1:
+        summary["slope"] = with_interval(slope(ladder, sft))
+    for arm, size in errors:
+        if arm in CORE or arm == "pos":
+            summary.setdefault(arm, {})[size] = data_worth(errors, ladder, arm, size)
+    return summary
+
+
+def main():
+    c = parse_flags(LabFlags, __doc__)
+    b = BUDGETS[c.budget]
+    arms = {(rate, size): name for part in b["parts"] for rate, size, name in part}
+    cells = {}
+    for part in b["parts"]:
+        for seeds in ([0], range(1, b["seeds"])):
+            sets = [(rate, size) for rate, size, _ in part]
+            if seeds != [0]:
+                sets = [key for key in sets if (*key, 0) in cells]
+            picked = {key: cells[*key, 0]["picked"] for key in sets if seeds != [0]}
+            keys = [(*key, seed) for seed in seeds for key in sets]
+            cells |= sweep(c, "controls", work, keys, arms=arms, picked=picked, **b["shared"])
+    records = list(cells.values())
+    summary = summarise(records)
+    summary["worth"] = worth([cell for cell in records if cell["rate"] == MAIN])
+    stem = publish(c, "controls", cells, summary, csv_rows(records))
+    sets = [name for name in summary if "at equal" in str(summary[name].get("questions"))]
+    at_main = [name for name in sets if name.startswith(f"e {MAIN},")]
+    panels = [lambda axis: dose_panel(axis, {name: summary[name] for name in sets})]
+    panels += [partial(cost_panel, title=name, record=summary[name]) for name in at_main]
+    figure(stem, panels)
+    for name in sets:
+        print(text(name, summary[name]))
+
+
+def csv_rows(cells):
+    rows = []
+    for cell in cells:
+        for arm, record in cell["arms"].items():
+            lr, epochs = cell["picked"][arm]
+            row = dict(rate=cell["rate"], size=cell["size"], seed=cell["seed"], arm=arm)
+            row |= dict(lr=lr, epochs=epochs)
+            rows.append(row | {key: record[key] for key in NUMBERS if key in record})
+    return rows
+
+
+def text(name, record):
+    right = f"pos right on {record['right']:.0%}, {record['luck']:.1%} of it by luck"
+    lines = [f"{name}, {record['seeds']} seeds; {right}"]
+    for arm, numbers in record["arms"].items():
+        line = f"  {arm:18}"
+        for key in ("accuracy", "pass@1", "pass@5", "luck"):
+            if key in numbers:
+                line += f" {key} {numbers[key][0]:6.1%}"
+        line += f" spurious {numbers['spurious'][0]:.2f}"
+        line += f" {numbers['tokens'][0] / 1e6:.2f}M tokens {numbers['steps'][0]:.0f} steps"
+        lines.append(line)
+    for question, (mean, low, high) in record["questions"].items():
+        lines.append(f"  {question:30} {mean:+5.1f} [{low:+.1f}, {high:+.1f}]")
+    return "\n".join(lines)
+
+
+def dose_panel(axis, sets):
+    for question, colour in (
+        ("negatives, at equal tokens", "#d1495b"),
+        ("whole solutions, at equal tokens", "#777777"),
+    ):
+        for record in sets.values():
+            mean, low, high = record["questions"][question]
+            error = [[mean - low], [high - mean]]
+            axis.errorbar(100 * record["luck"], mean, error, fmt="o", ms=3, color=colour)
+    axis.axhline(0, color="#bbbbbb", lw=1)
+    axis.set(xlabel="of pos's right samples, % with a wrong step")
+    axis.set(ylabel="neg minus pos again, points", title="at equal sampled tokens")
+
+
+COLOURS = {"sft": "#777777", "pos": "#77aadd", "pos again": "#2b7bba", "neg": "#d1495b"}
+
+
+def cost_panel(axis, title, record):
+    """Accuracy against sampled tokens."""
+    for arm, numbers in record["arms"].items():
+        mean, low, high = 100 * np.array(numbers["accuracy"])
+        millions = numbers["tokens"][0] / 1e6
+        colour = COLOURS.get(arm, "#bbbbbb")
+        axis.errorbar(millions, mean, [[mean - low], [high - mean]], fmt="o", ms=3, color=colour)
+        axis.annotate(arm, (millions, mean), fontsize=6, xytext=(3, 2), textcoords="offset points")
+    axis.set(xlabel="sampled tokens, millions", ylabel="accuracy, %", title=title)
+
+
+if __name__ == "__main__":
+    run_program(main)
