@@ -26,6 +26,8 @@ from train import TrainFlags, fit, nll, resolve
 class BaseFlags:
     out: str = flag("runs/base", "folder for metrics.csv and the model", group="run")
     problems: int = flag(400_000, "training problems; fewer are a quick test", least=12)
+    width: int = flag(128, "hidden size; tests/base has 64, and two layers", least=8)
+    layers: int = flag(4, "layers", least=1)
     threads: int = flag(1, "CPU threads; more gain little", least=1)
 
 
@@ -54,14 +56,14 @@ def builtin_tokenizer():
     return Tokenizer(tokenizer, eos_id=vocabulary["<eos>"])
 
 
-def small_llama(tokenizer):
-    """A Llama of 813,000 random weights."""
+def small_llama(tokenizer, width, layers):
+    """A Llama of random weights: 813,000 at the default size."""
     hf = dict(
         model_type="llama",
         vocab_size=tokenizer.vocab_size,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
@@ -78,7 +80,7 @@ def main():
     # small micro-batches, as each holds problems of nearly one length
     c = resolve(TrainFlags(out=flags.out, batch=64, lr=2e-3, micro_tokens=1024))
     tokenizer = builtin_tokenizer()
-    policy = Policy(small_llama(tokenizer), tokenizer, c.prompt)
+    policy = Policy(small_llama(tokenizer, flags.width, flags.layers), tokenizer, c.prompt)
     problems = []
     for steps in (1, 2, 3):
         for distractors in (0, 1, 2, 3):

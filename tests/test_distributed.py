@@ -17,16 +17,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import rollout
 import train
-from data import BASE, UserError
+from data import UserError
 from rollout import Example, Pair
 from test_train import KINDS, config, items_of, loss_of, make_policy
 
 ROOT = Path(train.__file__).parent
+BASE = ROOT / "tests" / "base"  # a smaller one
 # Batches of 9 in micro-batches of a few: some are shared unevenly, and in some the second process
 # finds nothing left.
-TINY = """--limit 32 --test-limit 12 --held-out 6
+TINY = f"""--model {BASE} --limit 32 --test-limit 12 --held-out 6
     --samples 6 --negatives 2 --rollouts 3 --keep 2 --batch 9
-    --micro-tokens 256 --lr 3e-4 --sft-epochs 2 --generator-epochs 1 --pos-epochs 1 --neg-epochs 1
+    --micro-tokens 256 --lr 1e-4 --sft-epochs 2 --generator-epochs 1 --pos-epochs 1 --neg-epochs 1
     --nll 0.1 --eval-samples 0 --max-new-tokens 48 --distractors 1 --steps 3 --device cpu
     --dtype float32 --threads 1 --save-seconds 0""".split()
 # The program of the two processes: runs several others, as starting it takes longest.

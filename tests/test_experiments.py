@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments" / 
 import lab
 import star
 import workers
-from data import BASE, Tokenizer, UserError, is_correct, read_rows, split_of, split_steps
+from data import BASE, PRESETS, Tokenizer, UserError, is_correct, read_rows, split_of, split_steps
 from model import GPT, Config
 from rollout import Pair
 
@@ -26,8 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def small(monkeypatch):
+    """A smaller base, and one thread."""
     torch.set_num_threads(1)
+    monkeypatch.setitem(PRESETS["arithmetic"], "model", str(ROOT / "tests" / "base"))
 
 
 @pytest.fixture

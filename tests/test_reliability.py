@@ -28,9 +28,10 @@ import data
 import evaluate
 import rollout
 import train
-from data import BASE, Tokenizer, UserError, append_rows, load_problems, read_rows, write_rows
+from data import Tokenizer, UserError, append_rows, load_problems, read_rows, write_rows
 
-TINY = """--limit 24 --test-limit 4 --held-out 4
+BASE = Path(__file__).parent / "base"  # a smaller one
+TINY = f"""--model {BASE} --limit 24 --test-limit 4 --held-out 4
     --samples 4 --negatives 2 --rollouts 2 --keep 2 --batch 8
     --rounds 2 --sft-epochs 2 --generator-epochs 1 --pos-epochs 1 --neg-epochs 1 --eval-samples 2
     --max-new-tokens 32 --distractors 1 --steps 3 --device cpu --dtype float32 --threads 1
