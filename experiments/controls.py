@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 import torch
 from lab import Cell, LabFlags, arithmetic_cell, bits, count_tokens, data_worth, errors_by_size
-from lab import figure, publish, resampled, share, slope, spread, sweep, with_interval
+from lab import figure, publish, resampled, share, slope, spreads, sweep, with_interval
 
 from data import is_lucky, judge_steps, parse_flags
 from evaluate import q_by_step
@@ -223,9 +223,11 @@ def policy_gradient(start, model, examples, c):
 
 # ---------------------------------------------------------------- the arms
 
-FROM_BASE = [(5e-4, 5.0), (5e-4, 7.0), (5e-4, 10.0), (5e-4, 14.0)]  # (learning rate, epochs)
-GO_ON = [(3e-5, 2.0), (1e-4, 2.0), (3e-4, 2.0), (1e-4, 4.0)]  # with examples
-ON_PAIRS = [(1e-5, 3.0), (3e-5, 3.0), (1e-4, 3.0), (3e-5, 6.0)]
+TRIES = {  # (learning rate, epochs) by what is trained
+    "base": [(5e-4, 5.0), (5e-4, 7.0), (5e-4, 10.0), (5e-4, 14.0)],
+    "examples": [(3e-5, 2.0), (1e-4, 2.0), (3e-4, 2.0), (1e-4, 4.0)],
+    "pairs": [(1e-5, 3.0), (3e-5, 3.0), (1e-4, 3.0), (3e-5, 6.0)],
+}
 
 
 @dataclass
@@ -233,15 +235,17 @@ class Arm:
     own: str  # whose samples it learns from
     items: Callable
     start: str = ""  # where it starts; empty: from that policy itself
-    tries: list = field(default_factory=lambda: ON_PAIRS)
+    tries: str = "pairs"  # which of TRIES
     flags: dict = field(default_factory=dict)  # of train.py
     signed: bool = False  # a policy gradient
 
 
+RFT = Arm("sft", partial(with_teacher, more=False), "base", "base")
 CORE = {
+    "pos": RFT,
     "neg": Arm("pos", first_pits),
-    "pos again": Arm("pos", positives, tries=GO_ON),
-    "chosen alone": Arm("pos", chosen_alone, tries=GO_ON),
+    "pos again": Arm("pos", positives, tries="examples"),
+    "chosen alone": Arm("pos", chosen_alone, tries="examples"),
     "whole": Arm("pos", whole_solutions),
 }
 CONTROLS = CORE | {
@@ -249,21 +253,21 @@ CONTROLS = CORE | {
     "other step": Arm("pos", partial(first_pits, form="other step")),
     "earlier step": Arm("pos", earlier_steps),
     "whole, half": Arm("pos", partial(whole_solutions, more=False)),
-    "again from base": Arm("pos", partial(with_teacher, keep=8), "base", FROM_BASE),
+    "again from base": Arm("pos", partial(with_teacher, keep=8), "base", "base"),
     "neg2": Arm("neg", first_pits),
-    "pos a third time": Arm("pos again", positives, tries=GO_ON),
+    "pos a third time": Arm("pos again", positives, tries="examples"),
     "neg on pos again": Arm("pos again", first_pits),
 }
 ALL = CONTROLS | {
     "outcome pg": Arm("pos", outcome_credit, signed=True),
     "step pg": Arm("pos", step_credit, signed=True),
-    "awr": Arm("pos", weighted_by_advantage, tries=GO_ON),
+    "awr": Arm("pos", weighted_by_advantage, tries="examples"),
     "part 1": Arm("pos", part_one),
     "parts 1, 2": Arm("pos", both_parts),
     "algorithm 1": Arm("pos", partial(first_pits, form="algorithm1")),
     "step by step": Arm("pos", partial(first_pits, form="step")),
     "farthest": Arm("pos", partial(whole_solutions, form="farthest", more=False)),
-    "per-step RFT": Arm("sft", filtered, "base", FROM_BASE),
+    "per-step RFT": Arm("sft", filtered, "base", "base"),
     "K 1": Arm("pos", partial(first_pits, k=1)),
     "K 3": Arm("pos", partial(first_pits, k=3)),
     "K 20": Arm("pos", partial(first_pits, k=20)),
@@ -283,34 +287,34 @@ BUDGETS = {
         parts=[[(0.2, 6, "all"), (0.2, 8, "ladder")]],
         seeds=1,
         shared=dict(
-            tries=1,
+            tries={kind: tries[:1] for kind, tries in TRIES.items()},
             traces=2,  # test problems whose steps are valued under every arm
             flags=dict(test=6, val=4, samples=4, rollouts=2, negatives=2, eval_samples=2),
         ),
     ),
     "cpu": dict(
-        parts=PARTS, seeds=4, shared=dict(tries=4, traces=100, flags=dict(test=600, eval_samples=8))
+        parts=PARTS,
+        seeds=4,
+        shared=dict(tries=TRIES, traces=100, flags=dict(test=600, eval_samples=8)),
     ),
     "gpu": dict(
         parts=PARTS,
         seeds=10,
-        shared=dict(tries=4, traces=400, flags=dict(test=2000, eval_samples=8)),
+        shared=dict(tries=TRIES, traces=400, flags=dict(test=2000, eval_samples=8)),
     ),
 }
 
 
 def work(folder, rate, size, seed, *, arms, picked, tries, traces, flags):
     """The cell of one training set. arms: {(rate, size): a key of SETS}. picked: {(rate, size):
-    {arm: the rate and the epochs that seed 0 chose}}. tries: how many of an arm's."""
+    {arm: the rate and the epochs that seed 0 chose}}. tries: those of an arm, like TRIES."""
     cell = arithmetic_cell(folder, limit=size, seed=seed, spurious=rate, **flags)
     cell.picked = dict(picked.get((rate, size), {}))
-    cell.pick("sft", "base", cell.teacher, FROM_BASE[:tries])
-    cell.arms["sft"]["tokens"] = 0
+    train_sft(cell, tries)
     result = dict(rate=rate, size=size, seed=seed, picked=cell.picked, arms=cell.arms)
     if arms[rate, size] == "ladder":  # SFT's alone
         return result
-    rft = Arm("sft", partial(with_teacher, more=False), "base", FROM_BASE)
-    for name, arm in dict(pos=rft, **SETS[arms[rate, size]]).items():
+    for name, arm in SETS[arms[rate, size]].items():
         train_arm(cell, name, arm, tries)
     for name in cell.arms:
         cell.arms[name] |= look_at(cell, name, traces)
@@ -318,6 +322,11 @@ def work(folder, rate, size, seed, *, arms, picked, tries, traces, flags):
         return result
     own = Own(cell, cell.names["pos"], 1)
     return result | dict(pos=quality(cell, own.samples()[0]), pits=pits(cell, own))
+
+
+def train_sft(cell, tries):
+    cell.pick("sft", "base", cell.teacher, tries["base"])
+    cell.arms["sft"]["tokens"] = 0
 
 
 def train_arm(cell, name, arm, tries):
@@ -334,7 +343,7 @@ def train_arm(cell, name, arm, tries):
     loss = None
     if arm.signed:
         loss = partial(policy_gradient, cell.policy(cell.names[start]).model)
-    cell.pick(name, start, items, arm.tries[:tries], loss=loss, **arm.flags)
+    cell.pick(name, start, items, tries[arm.tries], loss=loss, **arm.flags)
     record = cell.arms[name]
     record["tokens"] = before["tokens"] + tokens
     record["steps"] += cell.arms[start]["steps"] if start != "base" else 0
@@ -422,45 +431,47 @@ QUESTIONS = {  # what an arm and another beside it say
     "a continuation, not a step": ("neg", "step by step"),
     "filtered steps": ("per-step RFT", "pos"),
 }
-NUMBERS = "accuracy pass@1 pass@5 spurious luck tokens steps items".split()
+NUMBERS = "accuracy other pass@1 pass@5 spurious wrong_steps luck tokens steps items".split()
 
 
 def summarise(cells):
     """{"e 0.2, 200 problems": ...} of all cells of one rate and size."""
     groups = {}
     for cell in cells:
-        groups.setdefault((cell["rate"], cell["size"]), []).append(cell)
-    return {f"e {rate}, {size} problems": one_set(group) for (rate, size), group in groups.items()}
+        name = f"e {cell['rate']}, {cell['size']} problems"
+        groups.setdefault(name, []).append(cell)
+    return {name: one_set(group) for name, group in groups.items()}
 
 
 def one_set(cells):
     """Means over the seeds with their intervals, and the answers to QUESTIONS by bootstrap over
     seeds and problems, in points."""
-    arms = [arm for arm in cells[0]["arms"] if all(arm in cell["arms"] for cell in cells)]
-    records = {arm: [cell["arms"][arm] for cell in cells] for arm in arms}
     summary = dict(seeds=len(cells), arms={}, questions={})
-    for arm in arms:
-        numbers = {
-            key: spread([r[key] for r in records[arm]]) for key in NUMBERS if key in records[arm][0]
-        }
-        if "q" in records[arm][0]:
-            numbers["q"] = np.mean([r["q"] for r in records[arm]], 0).round(4).tolist()
-        summary["arms"][arm] = numbers
-    errors = resampled({arm: np.array([bits(r["correct"]) for r in records[arm]]) for arm in arms})
+    verdicts = {}
+    for arm in cells[0]["arms"]:
+        records = [cell["arms"][arm] for cell in cells if arm in cell["arms"]]
+        if len(records) < len(cells):
+            continue
+        verdicts[arm] = np.array([bits(record["correct"]) for record in records])
+        summary["arms"][arm] = spreads(records, NUMBERS)
+        if "q" in records[0]:
+            q = zip(*(record["q"] for record in records), strict=False)
+            summary["arms"][arm]["q"] = [round(float(np.mean(step)), 4) for step in q]
+    errors = resampled(verdicts)
     for question, (arm, other) in QUESTIONS.items():
         if arm in errors and other in errors:
             summary["questions"][question] = with_interval(100 * (errors[other] - errors[arm]))
-    if "pos" in cells[0]:
-        summary["right"] = float(np.mean([cell["pos"]["right"] for cell in cells]))
-        summary["luck"] = float(np.mean([cell["pos"]["luck"] for cell in cells]))
-        summary["pits"] = {
-            k: {
-                key: float(np.mean([cell["pits"][k][key] for cell in cells]))
-                for key in ("precision", "recall")
-            }
-            for k in cells[0]["pits"]
-        }
+    for part in ("pos", "pits"):  # what pos sampled, and its pits against the truth
+        if all(part in cell for cell in cells):
+            summary[part] = means([cell[part] for cell in cells])
     return summary
+
+
+def means(records):
+    """The mean of each number, of dicts of numbers or of dicts of dicts of them."""
+    if isinstance(records[0], dict):
+        return {key: means([record[key] for record in records]) for key in records[0]}
+    return float(np.mean(records))
 
 
 def worth(cells):
@@ -472,7 +483,7 @@ def worth(cells):
     if len(ladder) > 1:
         summary["slope"] = with_interval(slope(ladder, sft))
     for arm, size in errors:
-        if arm in CORE or arm == "pos":
+        if arm in CORE:
             summary.setdefault(arm, {})[size] = data_worth(errors, ladder, arm, size)
     return summary
 
@@ -491,16 +502,17 @@ def main():
             keys = [(*key, seed) for seed in seeds for key in sets]
             cells |= sweep(c, "controls", work, keys, arms=arms, picked=picked, **b["shared"])
     records = list(cells.values())
-    summary = summarise(records)
-    summary["worth"] = worth([cell for cell in records if cell["rate"] == MAIN])
+    sets = summarise(records)
+    at_main = [cell for cell in records if cell["rate"] == MAIN]
+    summary = dict(sets=sets, worth=worth(at_main) if at_main else {})
     stem = publish(c, "controls", cells, summary, csv_rows(records))
-    sets = [name for name in summary if "at equal" in str(summary[name].get("questions"))]
-    at_main = [name for name in sets if name.startswith(f"e {MAIN},")]
-    panels = [lambda axis: dose_panel(axis, {name: summary[name] for name in sets})]
-    panels += [partial(cost_panel, title=name, record=summary[name]) for name in at_main]
+    panels = [lambda axis: dose_panel(axis, sets.values())]
+    for name, record in sets.items():
+        if name.startswith(f"e {MAIN},") and "pos again" in record["arms"]:
+            panels.append(partial(cost_panel, title=name, record=record))
     figure(stem, panels)
-    for name in sets:
-        print(text(name, summary[name]))
+    for name, record in sets.items():
+        print(text(name, record))
 
 
 def csv_rows(cells):
@@ -514,19 +526,24 @@ def csv_rows(cells):
     return rows
 
 
+SHARES = ("accuracy", "other", "pass@1", "pass@5", "luck")
+
+
 def text(name, record):
-    right = f"pos right on {record['right']:.0%}, {record['luck']:.1%} of it by luck"
-    lines = [f"{name}, {record['seeds']} seeds; {right}"]
+    """A set of the summary as lines."""
+    of_pos = ", ".join(f"{key} {value:.4g}" for key, value in record.get("pos", {}).items())
+    lines = [f"{name}, {record['seeds']} seeds; of pos's samples: {of_pos}"]
     for arm, numbers in record["arms"].items():
         line = f"  {arm:18}"
-        for key in ("accuracy", "pass@1", "pass@5", "luck"):
+        for key in SHARES:
             if key in numbers:
                 line += f" {key} {numbers[key][0]:6.1%}"
-        line += f" spurious {numbers['spurious'][0]:.2f}"
-        line += f" {numbers['tokens'][0] / 1e6:.2f}M tokens {numbers['steps'][0]:.0f} steps"
+        line += (
+            f" {numbers.get('tokens', [0])[0] / 1e6:.2f}M tokens {numbers['steps'][0]:.0f} steps"
+        )
         lines.append(line)
     for question, (mean, low, high) in record["questions"].items():
-        lines.append(f"  {question:30} {mean:+5.1f} [{low:+.1f}, {high:+.1f}]")
+        lines.append(f"  {question:34} {mean:+5.1f} [{low:+.1f}, {high:+.1f}]")
     return "\n".join(lines)
 
 
@@ -535,10 +552,12 @@ def dose_panel(axis, sets):
         ("negatives, at equal tokens", "#d1495b"),
         ("whole solutions, at equal tokens", "#777777"),
     ):
-        for record in sets.values():
-            mean, low, high = record["questions"][question]
-            error = [[mean - low], [high - mean]]
-            axis.errorbar(100 * record["luck"], mean, error, fmt="o", ms=3, color=colour)
+        for record in sets:
+            if question in record["questions"]:
+                mean, low, high = record["questions"][question]
+                luck = 100 * record["pos"]["luck"]
+                error = [[mean - low], [high - mean]]
+                axis.errorbar(luck, mean, error, fmt="o", ms=3, color=colour)
     axis.axhline(0, color="#bbbbbb", lw=1)
     axis.set(xlabel="of pos's right samples, % with a wrong step")
     axis.set(ylabel="neg minus pos again, points", title="at equal sampled tokens")

@@ -1,186 +1,209 @@
-r"""A real language model (SmolLM2-135M): SFT, pos and neg.
+r"""A real language model (SmolLM2-135M) on problems that read like GSM8K's.
 
     python experiments/smollm.py --budget cpu --model SmolLM2-135M
     python experiments/smollm.py --budget cpu --model SmolLM2-135M --train gsm8k_train.jsonl \
         --test gsm8k_test.jsonl
 
-(a) The built-in problems in plain English. Larger sizes are SFT alone, for a curve on which to read
-    off how much data an arm is worth.
-(b) Problems of a file, GSM8K. All test problems get a greedy answer, the first `sampled` (0: all)
-    pass@5, too, which costs five times as much.
+Without --train the problems come from templates.txt: names, things and numbers are drawn, and a
+sentence with a number that does not count. The teacher solves them step by step and now and then
+computes with that number. No template has the same numbers in two splits; "other" is a second test
+set, of templates that training never saw.
 
-Every cell is one run of train.py, so its folder holds all that such a run writes. World, learning
-rates and epochs of (a) were chosen with seed 0 and 64 problems on the validation split; nothing was
-tuned on (b). Without --model the smoke budget takes experiments/base.
+SFT, pos, and from pos: positives asked again for as many tokens, the chosen texts alone, and neg.
+Rates and epochs are chosen with seed 0, as many tries for each. The smoke budget needs no --model.
 """
 
+import operator
+import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab import LabFlags, data_worth, errors_by_size, figure, plot_errors, publish, share, sweep
-from lab import with_interval, without_verdicts, worth_text
+from controls import CORE, Own, one_set, text, train_arm, train_sft
+from lab import Cell, LabFlags, arm_rows, publish, share, sweep
 
-from data import BASE, UserError, flag, parse_flags, read_json, read_rows
-from evaluate import evaluate
-from rollout import load_policy, run_program
-from train import TrainFlags, generator_folder, load_data, resolve, run
+from data import BASE, Problem, UserError, flag, parse_flags, read_problems, read_rows, split_of
+from rollout import ask_pits_again, run_program
 
-COMMON = dict(
+# ---------------------------------------------------------------- the problems
+
+# A template is a question and the steps of its solution: what is found out, and how. a, b, c, d
+# stand for 2 .. 9, m and n for 10 .. 60, and r1, r2, ... for the results of the steps before.
+TEMPLATES, OTHER_TEMPLATES = (
+    part.strip().split("\n\n")
+    for part in (Path(__file__).parent / "templates.txt").read_text().split("---")
+)
+WORDS = dict(
+    name="Anna Bilal Chloe Diego Emma Farid Grace Hugo Ines Jonas Kira Liam Maya Noah".split(),
+    fruit="apples pears plums lemons peaches figs mangos melons".split(),
+    goods="mugs scarves candles baskets bowls lamps kites puzzles".split(),
+    crowd="students guests visitors players dancers campers".split(),
+)
+NOISE = """A neighbour is {p} years old.
+There are {p} chairs in the kitchen.
+The trip to town takes {p} minutes.
+It is {p} degrees outside.
+A cousin has {p} hens.
+The radio plays {p} songs.""".split("\n")
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
+
+
+def word_problems(templates, split, count, seed=0, spurious=0.0):
+    """(problems, {id: (equations of its solution, the number that does not count)})."""
+    problems = []
+    truth = {}
+    for i in range(count):
+        rng = random.Random(f"{seed} {split} {i}")
+        question, *steps = rng.choice(templates).split("\n")
+        numbers, results = draw(rng, question, steps, split)
+        words = {key: rng.choice(values) for key, values in WORDS.items()}
+        noise = rng.choice(NOISE).format(**numbers)
+        lines = []
+        good = []
+        for step, result in zip(steps, results, strict=True):
+            told, formula = step.split(": ")
+            x, sign, y = (numbers.get(word, word) for word in formula.split())
+            if rng.random() < spurious:
+                p = numbers["p"]
+                lines.append(f"With the other {p} it is {x + p}: {x} + {p} = {x + p}.")
+            good.append(f"{x} {sign} {y} = {result}")
+            lines.append(f"{told.format(result, **words)}: {good[-1]}.")
+        solution = "\n".join([*lines, f"#### {results[-1]}"])
+        asked = question.format(noise=noise, **numbers, **words)
+        problem = Problem(f"{split}-{seed}-{i}", asked, solution, str(results[-1]))
+        problems.append(problem)
+        truth[problem.id] = (good, str(numbers["p"]))
+    return problems, truth
+
+
+def draw(rng, question, steps, split):
+    """Numbers of a split, for which every result is a whole number from 1 to 999: ({letter: number,
+    "r1": result, ...}, [results])."""
+    while True:
+        numbers = {name: rng.randint(2, 9) for name in "abcd"}
+        numbers |= {name: rng.randint(10, 60) for name in "mnp"}
+        used = {name: number for name, number in numbers.items() if "{" + name + "}" in question}
+        if split_of(f"{question} {used}") != split:
+            continue
+        results = []
+        for step in steps:
+            x, sign, y = step.split(": ")[1].split()
+            x, y = (numbers[word] if word in numbers else int(word) for word in (x, y))
+            results.append(OPERATORS[sign](x, y))
+            numbers[f"r{len(results)}"] = results[-1]
+        if all(1 <= result < 1000 and result == int(result) for result in results):
+            whole = {name: int(number) for name, number in numbers.items()}
+            return whole, [int(result) for result in results]
+
+
+def count_steps(folder, truth):
+    """Steps a greedy solution that use the number that does not count, and that are wrong."""
+    irrelevant = wrong = 0
+    rows = read_rows(folder / "greedy.jsonl")
+    for row in rows:
+        good, p = truth[row["id"]]
+        for match in EQUATION.finditer(row["samples"][0]["text"]):
+            if match[0] not in good:
+                irrelevant += p in (match[1], match[3])
+                wrong += p not in (match[1], match[3])
+    return dict(spurious=irrelevant / len(rows), wrong_steps=wrong / len(rows))
+
+
+# ---------------------------------------------------------------- the arms
+
+ARMS = {name: CORE[name] for name in ("pos", "neg", "pos again", "chosen alone")}
+LEARNER = dict(
     batch=8,
     micro_tokens=2048,
-    pos_epochs=4.0,
-    neg_epochs=2.0,
     samples=8,
     negatives=2,
     rollouts=4,
-    keep=2,
+    max_new_tokens=128,
     eval_samples=0,
 )
-WORDS = dict(
-    steps=1,
-    distractors=1,
-    max_new_tokens=48,
-    lr=2e-4,
-    neg_lr=5e-6,
-    sft_epochs=8.0,
-    generator_epochs=3.0,
-)
-FILE = dict(lr=1e-4, neg_lr=1e-5, sft_epochs=4.0, generator_epochs=4.0)
+TRIES = {
+    "base": [(1e-4, 3.0), (1e-4, 6.0)],
+    "examples": [(1e-5, 2.0), (3e-5, 2.0)],
+    "pairs": [(2e-6, 2.0), (5e-6, 2.0)],
+}
 BUDGETS = {
     "smoke": dict(
-        words=WORDS | dict(steps=3, test_limit=12),  # flags of (a)
-        sizes=[8, 16],
-        more=[32],  # of SFT alone
+        sizes=[6],
         seeds=1,
-        file=FILE | dict(test_limit=6, max_new_tokens=24),  # flags of (b)
-        file_size=8,
-        file_seeds=1,
-        sampled=3,
-        jobs=1,
-        threads=1,
-        dtype="float32",
+        counts=dict(val=2, test=3, other=2),
+        tries={kind: [(1e-3, 1.0)] for kind in TRIES},
+        flags=LEARNER | dict(samples=2, rollouts=2, max_new_tokens=16, temperature=0.2),
     ),
     "cpu": dict(
-        words=WORDS | dict(test_limit=200),
-        sizes=[12, 24, 48, 96],
-        more=[192],
+        sizes=[200],
         seeds=3,
-        file=FILE | dict(test_limit=0, max_new_tokens=128),
-        file_size=128,
-        file_seeds=1,
-        sampled=400,
-        jobs=2,
-        threads=2,
-        dtype="bfloat16",
+        counts=dict(val=100, test=300, other=150),
+        tries=TRIES,
+        flags=LEARNER | dict(dtype="bfloat16"),
     ),
     "gpu": dict(
-        words=WORDS | dict(steps=2, test_limit=1000),
-        sizes=[50, 100, 200, 400, 800],
-        more=[1600],
-        seeds=3,
-        file=FILE | dict(test_limit=0, max_new_tokens=256),
-        file_size=0,
-        file_seeds=3,
-        sampled=0,
-        jobs=1,
-        threads=0,
-        dtype="bfloat16",
+        sizes=[200, 400, 800, 1600],
+        seeds=5,
+        counts=dict(val=400, test=1000, other=500),
+        tries=TRIES,
+        flags=LEARNER | dict(dtype="bfloat16", batch=32),
     ),
 }
+SPURIOUS = 0.2  # the teacher's rate
 
 
 @dataclass
 class SmolFlags(LabFlags):
     model: str = flag("", "Hugging Face folder of the model")
-    train: str = flag("", "JSONL of problems with solutions; empty = the built-in problems")
+    train: str = flag("", "JSONL of problems with solutions; empty = templates.txt")
     test: str = flag("", "JSONL of test problems, with --train")
 
 
-def work(folder, seed, size, more, sampled, flags):
-    """One run of train.py, and what a claim needs of its folder."""
-    mode = "sft" if size in more else "neg"
-    flags = COMMON | flags
-    c = resolve(TrainFlags(mode=mode, out=str(folder), seed=seed, limit=size, **flags))
-    run(c)
-    arms = {}
-    for arm, result in read_json(folder / "results.json").items():
-        record = {key: result[key] for key in ("accuracy", "ended", "tokens")}
-        if "spurious" in result:
-            record["spurious"] = result["spurious"]
-        record["correct"] = "".join("01"[correct] for correct in result["correct"])
-        arms[arm] = record
-    if c.data != "arithmetic":
-        problems = load_data(c)[1][: sampled or None]
-        for arm in arms:
-            arms[arm] |= pass_at_5(load_policy(folder / arm, c), problems, folder / arm / "eval")
-    paths = ("out", "model", "data", "test_data")
-    config = {key: str(value) for key, value in vars(c).items() if key not in paths}
-    cell = dict(seed=seed, size=size, arms=arms, config=config)
-    if mode == "neg":
-        cell |= what_pairs_rest_on(c)
-    return cell
+def work(folder, size, seed, *, files, picked, counts, tries, flags):
+    """The arms on one training set. files: (train, test), or of "" for the templates."""
+    truth = {}
+    other = []
+    if files[0]:
+        problems = read_problems(files[0], size + counts["val"])
+        problems, val = problems[:size], problems[size:]
+        test = read_problems(files[1])
+    else:
+        problems, _ = word_problems(TEMPLATES, "train", size, seed, SPURIOUS)
+        val, _ = word_problems(TEMPLATES, "val", counts["val"])
+        test, truth = word_problems(TEMPLATES, "test", counts["test"])
+        other, _ = word_problems(OTHER_TEMPLATES, "test", counts["other"])
+    cell = Cell(folder, problems, val, test, limit=size, seed=seed, data="templates.txt", **flags)
+    cell.splits["other"] = other
+    cell.picked = dict(picked)
+    train_sft(cell, tries)
+    for name, arm in ARMS.items():
+        train_arm(cell, name, arm, tries)
+    for name, record in cell.arms.items():
+        if other:
+            record["other"] = cell.accuracy(cell.names[name], "other")
+        if truth:
+            record |= count_steps(cell.folder / cell.names[name] / "test", truth)
+    result = dict(rate=SPURIOUS, size=size, seed=seed, picked=cell.picked, arms=cell.arms)
+    if "pos" in cell.arms:
+        result["pos"] = what_pairs_rest_on(cell)
+    return result
 
 
-def pass_at_5(policy, problems, folder):
-    result = evaluate(policy, problems, folder, samples=5)
-    rates = {key: value for key, value in result.items() if "@" in key}
-    return dict(sampled=len(problems)) | rates
-
-
-def what_pairs_rest_on(c):
+def what_pairs_rest_on(cell):
     """How often the policies that are sampled are right, and how sure the pits of pos are."""
-    pos = Path(c.out) / "pos"
-    generator_samples = all_samples(generator_folder(c))
-    pos_samples = all_samples(pos)
-    asked = read_rows(pos / "pits.jsonl")
-    kept = None
-    if asked:
-        kept = share([row["correct"] == 0 for row in asked])
+    own = Own(cell, cell.names["pos"], 1)
+    solutions, _ = own.valued()
+    path = cell.folder / own.name / "pits.jsonl"
+    again = ask_pits_again(own.policy(), cell.by_id, solutions, path, k=3 * cell.c.rollouts)
+    before, _ = Own(cell, cell.names["sft"], 0).samples()
+    after, _ = own.samples()
     return dict(
-        generator_right=share([s["correct"] for s in generator_samples]),
-        pos_right=share([s["correct"] for s in pos_samples]),
-        tokens_sampled=sum(len(s["ids"]) for s in generator_samples + pos_samples),
-        pits=len(read_rows(pos / "values.jsonl")),
-        pairs=len(read_rows(pos / "pairs.jsonl")),
-        pits_that_keep_q_0=kept,
+        generator_right=share([s["correct"] for drawn in before.values() for s in drawn]),
+        right=share([s["correct"] for drawn in after.values() for s in drawn]),
+        pits=len(solutions),
+        keep_q_0=share([row["correct"] == 0 for row in again] or [0]),
     )
-
-
-def all_samples(folder):
-    samples = []
-    for row in read_rows(folder / "samples.jsonl"):
-        samples += row["samples"]
-    return samples
-
-
-# ---------------------------------------------------------------- summary
-
-
-def summarise(cells, sizes):
-    """Test errors {arm: {size: ...}}, how far each arm is ahead of those before it, and how much
-    its data is worth; all with bootstrap intervals."""
-    errors = errors_by_size(cells)
-    summary = {}
-    for arm, size in sorted(errors, key=lambda key: key[1]):
-        error = errors[arm, size]
-        record = dict(error=with_interval(error))
-        for other in {"sft": [], "pos": ["sft"], "neg": ["sft", "pos"]}[arm]:
-            record[f"ahead_of_{other}"] = with_interval(errors[other, size] - error)
-        if arm != "sft" and len(sizes) > 1:
-            record |= data_worth(errors, sizes, arm, size)
-        summary.setdefault(arm, {})[size] = record
-    return summary
-
-
-def csv_rows(cells):
-    facts = "generator_right pos_right pits pairs tokens_sampled pits_that_keep_q_0".split()
-    rows = []
-    for cell in cells:
-        of_cell = {key: cell[key] for key in facts if key in cell}
-        for arm, record in cell["arms"].items():
-            row = dict(seed=cell["seed"], size=cell["size"], arm=arm)
-            rows.append(row | without_verdicts(record) | of_cell)
-    return rows
 
 
 def main():
@@ -188,42 +211,23 @@ def main():
     b = BUDGETS[c.budget]
     if not c.model and c.budget != "smoke":
         raise UserError("--model is missing: it names a Hugging Face folder of SmolLM2-135M")
-    flags = dict(model=str(Path(c.model or BASE).resolve()), dtype=b["dtype"])
-    if c.train:
-        name = "smollm-gsm8k"
-        flags |= b["file"] | dict(data=c.train, test_data=c.test)
-        sizes = [b["file_size"]]
-        more = []
-        seeds = b["file_seeds"]
-    else:
-        name = "smollm"
-        flags |= b["words"]
-        sizes = b["sizes"]
-        more = b["more"]
-        seeds = b["seeds"]
-    ladder = sizes + more
-    keys = [(seed, size) for size in reversed(ladder) for seed in range(seeds)]
-    c.jobs = min(c.jobs or b["jobs"], len(keys))
-    flags["threads"] = b["threads"] // c.jobs
-    cells = sweep(c, name, work, keys, more=more, sampled=b["sampled"], flags=flags)
-    summary = summarise(cells.values(), ladder)
-    stem = publish(c, name, cells, summary, csv_rows(cells.values()))
-    if len(ladder) > 1:
-        figure(stem, [lambda axis: panel(axis, summary)])
-    for arm, records in summary.items():
-        line = f"{arm:4} error"
-        for size, record in records.items():
-            error, low, high = record["error"]
-            line += f"  {size}: {error:.3f} [{low:.3f}, {high:.3f}] {worth_text(record)}"
-        print(line)
-
-
-def panel(axis, summary):
-    colours = dict(sft="#777777", pos="#2b7bba", neg="#d1495b")
-    for arm, records in summary.items():
-        plot_errors(axis, records, colours[arm], arm)
-    axis.set_title("SmolLM2-135M")
-    axis.legend(frameon=False, fontsize=8)
+    name = "smollm-gsm8k" if c.train else "smollm"
+    b["flags"]["model"] = str(Path(c.model or BASE).resolve())
+    shared = {key: b[key] for key in ("counts", "tries", "flags")}
+    cells = {}
+    for size in b["sizes"]:
+        for seeds in ([0], range(1, b["seeds"])):  # seed 0 chooses
+            picked = cells[size, 0]["picked"] if seeds != [0] else {}
+            keys = [(size, seed) for seed in seeds]
+            files = (c.train, c.test)
+            cells |= sweep(c, name, work, keys, files=files, picked=picked, **shared)
+    records = list(cells.values())
+    summary = {}
+    for size in b["sizes"]:
+        summary[f"{size} problems"] = one_set([cell for cell in records if cell["size"] == size])
+    publish(c, name, cells, summary, arm_rows(records))
+    for title, record in summary.items():
+        print(text(title, record))
 
 
 if __name__ == "__main__":
