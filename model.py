@@ -332,11 +332,19 @@ class GPT(nn.Module):
                 f"{folder}: no such folder; nothing is downloaded here, but "
                 "`hf download NAME --local-dir FOLDER` makes a folder of a model on the hub"
             )
-        config = Config.from_hf(read_json(folder / "config.json"))
+        try:
+            config = Config.from_hf(read_json(folder / "config.json"))
+            with torch.device("meta"):  # shapes without memory
+                model = cls(config)
+        except CheckpointError:
+            raise
+        except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(
+                f"{folder}/config.json: a value of the wrong kind ({reason})"
+            ) from None
         stored = open_tensors(folder)
         check_tied_head(folder, config, stored)
-        with torch.device("meta"):  # shapes without memory
-            model = cls(config)
         weights = {}
         used = set()
         for name, parameter in model.named_parameters():

@@ -658,6 +658,19 @@ def test_an_index_names_the_shards(files, folder):
     refuses(path, files[-1])
 
 
+@pytest.mark.parametrize("value", ["x", [], {"a": 1}, -1, 10**30, None, True])
+def test_a_config_of_another_kind_is_one_line(value, folder):
+    """Guards a traceback for a number of config.json that is a text, a list or too large."""
+    path = folder("llama")
+    good = json.loads((path / "config.json").read_text())
+    for key in good:
+        (path / "config.json").write_text(json.dumps(good | {key: value}))
+        try:
+            GPT.from_pretrained(path)
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+
+
 @pytest.mark.parametrize(
     "text, word",
     [
