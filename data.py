@@ -110,28 +110,40 @@ def read_problems(path, limit: int | None = None) -> list[Problem]:
                 problems[problem.id] = problem
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    if no_answer:
-        count = len(no_answer)
-        note(f"{path}: {count} lines left out, the first is {no_answer[0]}: their answer is none")
-    if no_solution:
-        count = len(no_solution)
-        note(
-            f"{path}: {count} solutions left out, the first in line {no_solution[0]}: they state "
-            "another answer than their row"
-        )
+    note_left_out(path, no_answer, "problems", "their answer is none")
+    note_left_out(path, no_solution, "solutions", "they state another answer than their row")
     if not problems:
         raise UserError(f"{path}: no problems in this file")
     return list(problems.values())
+
+
+def note_left_out(path, lines: list[int], what: str, why: str):
+    if lines:
+        note(f"{path}: {len(lines)} {what} left out, the first in line {lines[0]}: {why}")
 
 
 def parse_problem(line: bytes, number: int, where: str) -> Problem:
     """A line of a problem file, read as read_problems says. The answer may be none."""
     row = parse_object(line, where)
     question = first_text(row, QUESTION_KEYS)
+    solution, gold = solution_and_gold(row)
     answer_keys = f"an answer is looked for under {', '.join(('answer', *SOLUTION_KEYS))}"
     if not question:
         keys = ", ".join(QUESTION_KEYS)
         raise UserError(f"{where}: no question, a text under {keys}; {answer_keys}")
+    if not gold or not is_correct(gold, gold):
+        raise UserError(f"{where}: no gold answer that a solution could match; {answer_keys}")
+    style = "math" if "\\boxed" in solution else "lines"
+    if text_of(row.get("style")) in STEP_STARTS:
+        style = row["style"]
+    name = text_of(row.get("id")) or str(number)
+    solution = ANNOTATION.sub("", solution)
+    return Problem(name, question, solution, gold, style, parse_meta(row.get("meta")))
+
+
+def solution_and_gold(row: dict) -> tuple[str, str | None]:
+    """The solution of a row, "" if it has none, and its gold answer; "none" says that there can be
+    no answer."""
     answer = text_of(row.get("answer"))
     gold = extract_answer(answer)
     solution = first_text(row, SOLUTION_KEYS)
@@ -144,15 +156,7 @@ def parse_problem(line: bytes, number: int, where: str) -> Problem:
         gold = extract_answer(solution, bare=False)
     if not gold and (NO_ANSWER.fullmatch(answer) or EMPTY_BOX.search(solution)):
         gold = "none"
-    if not gold or not is_correct(gold, gold):
-        raise UserError(f"{where}: no gold answer that a solution could match; {answer_keys}")
-    style = "math" if "\\boxed" in solution else "lines"
-    if text_of(row.get("style")) in STEP_STARTS:
-        style = row["style"]
-    name = text_of(row.get("id")) or str(number)
-    return Problem(
-        name, question, ANNOTATION.sub("", solution), gold, style, parse_meta(row.get("meta"))
-    )
+    return solution, gold
 
 
 def contradicts(problem: Problem) -> bool:

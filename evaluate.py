@@ -24,6 +24,7 @@ import json
 import math
 import sys
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -388,30 +389,28 @@ def plot_run(folder):
         if rows[0]["margin"]:
             plot_columns(axes[1], rows, ["margin", "chosen", "rejected"], label=stage)
     for path in sorted(folder.glob("*/values.jsonl")):
-        rows = read_rows(path)
-        means = []
-        for i in range(max(len(row["q_values"]) for row in rows)):
-            q_values = [row["q_values"][i] for row in rows if len(row["q_values"]) > i]
-            means.append(np.mean([q for q in q_values if q is not None]))
-        axes[2].plot(range(1, len(means) + 1), means, "o-", label=path.parent.name)
-    results = read_json(folder / "results.json")
-    for name, result in results.items():
+        plot_values(axes[2], path)
+    for name, result in read_json(folder / "results.json").items():
         low, high = result["interval"]
         accuracy = result["accuracy"]
         axes[3].errorbar([name], [accuracy], [[accuracy - low], [high - accuracy]], fmt="o")
-    titles = [
-        "loss",
-        "Eq. 1: margin and log-probabilities",
-        "mean Q of steps up to the first pit",
-        "accuracy",
-    ]
-    labels = ["optimizer step", "optimizer step", "step of the solution", "model"]
-    for axis, title, label in zip(axes, titles, labels, strict=True):
-        axis.set(title=title, xlabel=label)
+    axes[0].set(title="loss", xlabel="optimizer step")
+    axes[1].set(title="Eq. 1: margin and log-probabilities", xlabel="optimizer step")
+    axes[2].set(title="mean Q of steps up to the first pit", xlabel="step of the solution")
+    axes[3].set(title="accuracy", xlabel="model")
     for axis in axes[:3]:
         axis.legend(frameon=False)
     figure.savefig(folder / "run.png", dpi=110)
     print(f"{folder / 'run.png'}")
+
+
+def plot_values(axis, path):
+    """The mean of the Q that were estimated, by step, of a values.jsonl."""
+    rows = [row["q_values"] for row in read_rows(path)]
+    means = []
+    for q_values in zip_longest(*rows):
+        means.append(np.mean([q for q in q_values if q is not None]))
+    axis.plot(range(1, len(means) + 1), means, "o-", label=path.parent.name)
 
 
 def plot_columns(axis, rows, names, label):

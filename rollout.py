@@ -885,13 +885,17 @@ def load_policy(folder, c, train=False):
     )
     if device == "cpu":
         small = sum(p.numel() for p in model.parameters()) < 5_000_000
-        cores = THREADS  # of a process, if OMP_NUM_THREADS says so
-        if "OMP_NUM_THREADS" not in os.environ:
-            cores = max(1, THREADS // PROCESSES)
-        torch.set_num_threads(c.threads or min(cores, 2 if small else cores))
+        torch.set_num_threads(c.threads or min(cores(), 2 if small else cores()))
         if not small:
             policy.samples_at_once = 512
     return policy
+
+
+def cores():
+    """How many of the CPU's cores this process may use."""
+    if "OMP_NUM_THREADS" in os.environ:  # it is for each process
+        return THREADS
+    return max(1, THREADS // PROCESSES)
 
 
 def load_tokenizer(folder, vocab_size):

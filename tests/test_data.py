@@ -191,7 +191,7 @@ def test_answers_that_are_none_are_left_out(tmp_path, capsys):
     rows += [dict(question="q", answer=x) for x in ("proof", "notfound", "NaN", math.nan, "None")]
     path = write(tmp_path / "p.jsonl", *rows, GOOD)
     assert [p.id for p in read_problems(path)] == ["0", "7"]
-    assert f"{path}: 6 lines left out, the first is 2" in capsys.readouterr().err
+    assert f"{path}: 6 problems left out, the first in line 2" in capsys.readouterr().err
 
 
 def test_a_word_inside_a_solution_is_no_missing_answer(tmp_path):
