@@ -8,9 +8,10 @@ The questions stay the same; the SFT model's own correct solutions of them vary.
 (a) 1 to 16 of them a question, for a fixed number of epochs and of optimizer steps.
 (b) One of them a question against the teacher's, on the same questions.
 (c) How likely both are under the base model.
-(d) Pits of wrong solutions inserted as steps into correct ones. The control inserts steps that
-    change nothing, 9 + 0 = 9. Then per-step DPO, from the model that learned the spurious steps and
-    on its own mistakes, unlearns them.
+(d) Pits of wrong solutions inserted as steps into correct ones, at several doses: at one a solution
+    too little is left that is right, so per-step DPO has nothing to show. The control inserts steps
+    that change nothing, 9 + 0 = 9. Then per-step DPO, from each model that learned spurious steps
+    and on its own mistakes: does it unlearn them?
 """
 
 import random
@@ -30,21 +31,21 @@ BUDGETS = {
         seeds=1,
         size=24,
         counts=[1, 2],  # of (a)
-        inserted=[1],  # steps a solution, of (d)
+        inserted=[0.5],  # steps a solution, of (d)
         flags=dict(test=6, samples=12, rollouts=2, negatives=2, sft_epochs=4.0),
     ),
     "cpu": dict(
         seeds=3,
         size=400,
         counts=[1, 2, 4, 8, 16],
-        inserted=[1, 2],
+        inserted=[0.1, 0.3, 1.0],
         flags=dict(sft_epochs=7.0, samples=128),
     ),
     "gpu": dict(
         seeds=5,
         size=800,
         counts=[1, 2, 4, 8, 16],
-        inserted=[1, 2, 3],
+        inserted=[0.1, 0.3, 1.0],
         flags=dict(samples=256),  # and the default of sft_epochs
     ),
 }
@@ -129,20 +130,21 @@ def train_inserted(cell, problems, pits, inserted):
 
     train("inserted-0", problems)
     for n in inserted:
-        train(f"spurious-{n}", [insert(rng, p, n, pits[p.id]) for p in problems])
-        train(f"harmless-{n}", [insert(rng, p, n) for p in problems])
-    worst = f"spurious-{max(inserted)}"
-    samples = cell.sample(worst, 1, min(16, cell.c.samples))
-    solutions, _ = cell.value(worst, samples, 1)
-    pairs = make_pairs(cell.c.pairs, cell.base, cell.by_id, samples, solutions, cell.c.seed)
-    if pairs:
-        cell.arm(f"{worst}-neg", worst, pairs, epochs=4.0)
+        arm = f"spurious-{n:g}"
+        train(arm, [insert(rng, p, n, pits[p.id]) for p in problems])
+        train(f"harmless-{n:g}", [insert(rng, p, n) for p in problems])
+        samples = cell.sample(arm, 1, min(16, cell.c.samples))
+        solutions, _ = cell.value(arm, samples, 1)
+        pairs = make_pairs(cell.c.pairs, cell.base, cell.by_id, samples, solutions, cell.c.seed)
+        if pairs:
+            cell.arm(f"{arm}-neg", arm, pairs, epochs=4.0)
 
 
 def insert(rng, problem, n, steps=None):
-    """Put n lines between those of a solution: some of `steps`, or lines that change nothing."""
+    """Put n lines on average between those of a solution: some of `steps`, or lines that change
+    nothing."""
     *lines, answer = problem.solution.split("\n")
-    for _ in range(n):
+    for _ in range(int(n) + (rng.random() < n % 1)):
         at = rng.randint(1, len(lines))
         total = lines[at - 1].rsplit(" ", 1)[-1]
         line = f"{total} + 0 = {total}"
