@@ -274,7 +274,9 @@ ALL = CONTROLS | {
 }
 
 
-SETS = dict(ladder=None, core=CORE, controls=CONTROLS, all=ALL)
+ALIKE = ("neg, nll 0.3", "whole, half", "algorithm 1", "step by step", "farthest", "K 3", "K 20")
+SMOKE = {name: arm for name, arm in ALL.items() if name not in ALIKE}
+SETS = dict(ladder=None, core=CORE, controls=CONTROLS, all=ALL, smoke=SMOKE)
 MAIN = 0.2  # the rate at which data is counted
 PARTS = [  # one after the other: (rate, problems, arms)
     [(0.2, 200, "all"), (0.3, 200, "core"), (0.1, 200, "core"), (0.0, 200, "core")],
@@ -284,12 +286,14 @@ PARTS = [  # one after the other: (rate, problems, arms)
 ]
 BUDGETS = {
     "smoke": dict(
-        parts=[[(0.2, 6, "all"), (0.2, 8, "ladder")]],
+        parts=[[(0.2, 4, "smoke"), (0.2, 6, "ladder")]],
         seeds=1,
         shared=dict(
             tries={kind: tries[:1] for kind, tries in TRIES.items()},
-            traces=2,  # test problems whose steps are valued under every arm
-            flags=dict(test=6, val=4, samples=4, rollouts=2, negatives=2, eval_samples=2),
+            traces=1,  # test problems whose steps are valued under every arm
+            flags=dict(
+                test=4, val=2, samples=4, rollouts=2, negatives=1, eval_samples=2, max_new_tokens=48
+            ),
         ),
     ),
     "cpu": dict(
@@ -358,15 +362,13 @@ def look_at(cell, name, traces):
     test = cell.splits["test"]
     folder = cell.folder / cell.names[name] / "test"
     record = {}
-    if cell.c.eval_samples:
-        policy = cell.policy(cell.names[name])
-        drawn = sample(policy, test, folder / "samples.jsonl", cell.c.eval_samples)
+    if cell.c.eval_samples:  # judge has drawn them
+        drawn = sample(cell.base, test, folder / "samples.jsonl", cell.c.eval_samples)
         record["luck"] = luck(test, drawn)
     few = test[:traces]
-    sft = cell.policy(cell.names["sft"])
     path = cell.folder / cell.names["sft"] / "test" / "greedy.jsonl"
-    solved = sample(sft, few, path, 1, temperature=0)  # it is there
-    solutions = solutions_to_value(sft, few, solved, wrong=1, correct=1)
+    solved = sample(cell.base, few, path, 1, temperature=0)
+    solutions = solutions_to_value(cell.base, few, solved, wrong=1, correct=1)
     policy = cell.policy(cell.names[name])
     by_id = {problem.id: problem for problem in few}
     value_steps(policy, by_id, solutions, folder / "values.jsonl", k=cell.c.rollouts, scan="full")

@@ -364,24 +364,25 @@ def test_own_files_run(tmp_path, jsonl, call):
     assert len(sampled) == 30 - tested - 1, "one is held out"
 
 
-def test_rollout_and_evaluate_programs(tmp_path, jsonl):
+def test_rollout_and_evaluate_programs(tmp_path, jsonl, call, monkeypatch):
     """A program that only works in the repository's folder, or writes a warning where a table
     belongs."""
+    monkeypatch.chdir(tmp_path)
     shared = ["--model", BASE, "--data", jsonl, "--limit", 6, "--prompt", "{question}\n"]
     shared += ["--device", "cpu", "--max-new-tokens", 32, "--threads", 1, "--rollouts", 2]
     flags = ["--samples", 4, "--temperature", 3.0, "--out", "r"]
-    done = program("rollout.py", *shared, *flags, cwd=tmp_path)
-    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
-    assert "24 samples of 6 problems, " in done.stdout
+    code, printed, err = call(*shared, *flags, program=rollout)
+    assert code == 0 and "Warning" not in err, err
+    assert "24 samples of 6 problems, " in printed
     assert len(rows_of(tmp_path / "r" / "samples.jsonl")) == 6
     values = rows_of(tmp_path / "r" / "values.jsonl")
     assert values and all(not row["correct"] for row in values)
-    done = program("evaluate.py", *shared, "--samples", 2, "--out", "e", cwd=tmp_path)
-    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    code, printed, err = call(*shared, "--samples", 2, "--out", "e", program=evaluate)
+    assert code == 0 and "Warning" not in err, err
     [results] = tmp_path.glob("e/base-*/results.json")
     result = json.loads(results.read_text())["model"]
     assert result["problems"] == 6 and {"pass@1", "maj@1", "accuracy"} <= set(result)
-    assert re.search(r"step +1 +Q", done.stdout)
+    assert re.search(r"step +1 +Q", printed)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from evaluate import pair_trend, q_by_step, report, table, wilson
 from model import GPT
 from rollout import Policy, Sampling, Solution, run_program
 
-BASE = Path(evaluate.__file__).parent / "experiments" / "base"
+BASE = Path(__file__).parent / "base"
 TOKENIZER = Tokenizer.from_pretrained(BASE)
 
 

@@ -25,7 +25,7 @@ from rollout import estimate_values, find_first_pit, first_other, first_step, ge
 from rollout import most_diverse, value_steps
 from rollout import pair_row, sample, solutions_to_value, uniform_numbers
 
-BASE = Path(rollout.__file__).parent / "experiments" / "base"
+BASE = Path(__file__).parent / "base"
 TOKENIZER = Tokenizer.from_pretrained(BASE)
 EOS = TOKENIZER.eos_id
 TOY = read_json(BASE / "config.json") | dict(vocab_size=40, hidden_size=32)

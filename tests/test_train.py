@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from data import BASE, PRESETS, Tokenizer, UserError, load_problems, parse_flags, write_rows
+from data import PRESETS, Tokenizer, UserError, load_problems, parse_flags, write_rows
 from model import GPT, Config, collate
 from model import token_logps as logps_of_sequences
 from rollout import Example, Pair, Policy, Solution
@@ -31,6 +31,7 @@ from train import LOSSES, TrainFlags, add_reference, awr_weights, batch_indices,
 from train import fit, forward_backward, learning_rate, load_data, micro_batches, nll, pair_logps
 from train import resolve
 
+BASE = Path(__file__).parent / "base"
 TOKENIZER = Tokenizer.from_pretrained(BASE)
 EOS = TOKENIZER.eos_id
 VOCAB = TOKENIZER.vocab_size
