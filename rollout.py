@@ -169,8 +169,8 @@ def correct_continuations(policy, problems, counts, k):
 
 
 def find_first_pit(q_values):
-    """Number, from 1, of the first step with the least Q among those valued (Algorithm 1): of a
-    wrong solution the first with Q = 0, at the latest its last step.
+    """Number, from 1, of the first step with the least Q among those valued (Algorithm 1). In a
+    wrong solution that is the first with Q = 0; there is one, as its last step has Q = 0.
 
     >>> find_first_pit([0.6, 0.0, None, 0.0])
     2
@@ -268,7 +268,7 @@ class Example:
 
     @property
     def loss_count(self):
-        """What it counts in the mean over a batch: its response tokens."""
+        """Its weight in the mean over a batch: the number of its response tokens."""
         return len(self.response)
 
 
@@ -290,7 +290,7 @@ class Pair:
 
     @property
     def loss_count(self):
-        """What it counts in the mean over a batch: one pair."""
+        """Its weight in the mean over a batch: one pair."""
         return 1
 
 
@@ -347,7 +347,7 @@ PAIR_FORMS = {
 
 
 def make_pairs(form, policy, problems, samples, solutions, seed=0):
-    """A pair for every wrong solution that has a way to do better. Returns a list of `Pair`.
+    """A list of `Pair`s, one for each wrong solution that has a usable correct alternative.
 
     form: a key of PAIR_FORMS. samples: {problem id: its samples}, from which they come.
     The end of text stands exactly where a solution ended, never behind a step that was cut out.

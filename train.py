@@ -11,10 +11,10 @@ correct continuation from just before it more likely than that step.
 
     python train.py --mode neg         # the built-in task, from its base to a table, in minutes
     python train.py --mode pos         # the same folder: reuses what is there
-    python train.py --mode pos --rounds 2     # positives once more, from pos: what neg is held to
+    python train.py --mode pos --rounds 2     # positives once more, from pos: what neg has to beat
     python train.py --mode neg --model FOLDER --data problems.jsonl --test-data test.jsonl
 
-    NLL    loss = -sum over response tokens of log pi(y_t | x, y_<t), over the tokens of the batch
+    NLL    loss = -mean over the response tokens of the batch of log pi(y_t | x, y_<t)
     Eq. 1  loss = -log sigmoid( beta log pi(+y|x)/ref(+y|x) - beta log pi(-y|x)/ref(-y|x) )
     Eq. 2, 3   values and advantages of steps: rollout.py
     Eq. 4  loss = -sum over steps i of exp(A_i / beta) log pi(y_i | x, y_<i)         (--loss awr)
@@ -59,7 +59,7 @@ from rollout import wait_for_all, world_flags
 
 
 def run(c):
-    """The whole of it, as far as --mode says. Stages that are done are not done again."""
+    """Run the stages that --mode asks for. What is finished is not done again."""
     train, test, held_out = prepare(c)
     train_sft(c, train)
     if c.mode in ("pos", "neg"):
@@ -90,7 +90,7 @@ def train_pos(c, problems):
     base = load_policy(c.model, c, train=True)
     items = teacher_examples(base, problems) + own_examples(base, problems, samples, c.keep)
     if not items:
-        raise UserError(f"{folder}: no sample is correct, so there is nothing for pos to imitate")
+        raise UserError(f"{folder}: no sample is correct and there is no teacher to imitate")
     fit(base, items, nll, c, "pos", epochs=c.pos_epochs, lr=c.lr)
 
 
@@ -142,8 +142,8 @@ def generator_folder(c):
 
 
 def flags_of_round(c, i):
-    """The flags with random numbers of their own: i = 1 for samples of pos, 2 for those of the
-    policy after it, and so on."""
+    """The flags with a seed of its own for each policy that is sampled: i = 0 for the generator, 1
+    for pos, 2 for the policy after it, and so on."""
     return replace(c, seed=c.seed + 1000 * i)
 
 
@@ -186,8 +186,8 @@ def sample_own_problems(policy, problems, c):
 
 
 def valued_solutions(policy, by_id, samples, c):
-    """Samples with the values of their steps: values.jsonl in the policy's own folder. Prints what
-    there is to say of their first pits."""
+    """Samples with the values of their steps: values.jsonl in the policy's own folder. Prints a
+    report on their first pits."""
     folder = Path(policy.folder)
     correct = c.keep if c.loss == "awr" else 0  # Eq. 4 weighs the steps of correct ones, too
     problems = [by_id[id] for id in samples]
@@ -247,7 +247,7 @@ def dpo(model, pairs, c):
     return pair_loss(model, pairs, c, dpo_loss)
 
 
-LOSSES = {"dpo": dpo, "awr": nll}  # of neg; awr is on weighted solutions, any other on pairs
+LOSSES = {"dpo": dpo, "awr": nll}  # of neg: awr trains on weighted solutions, others on pairs
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, c):
