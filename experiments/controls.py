@@ -14,7 +14,7 @@ step; y, how far neg is ahead of positives asked again for as many sampled token
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -25,7 +25,7 @@ from lab import figure, publish, resampled, share, slope, spreads, sweep, with_i
 from data import is_lucky, judge_steps, parse_flags
 from evaluate import q_by_step
 from model import token_logps
-from rollout import PAIR_FORMS, Example, Pair, advantages, correct_continuations, find_first_pit
+from rollout import PAIR_FORMS, Example, Pair, advantages, correct_continuations
 from rollout import first_other, make_pairs, run_program, sample, solutions_to_value, value_steps
 from train import awr_weights
 
@@ -111,11 +111,17 @@ PAIR_FORMS["other step"] = other_step_form
 def earlier_steps(own):
     """A random step before the pit, from its own prefix, against a correct way to go on there."""
     solutions, tokens = own.valued()
-    cell = own.cell
     places = [(s, own.random(s).integers(1, s.first_pit)) for s in solutions if s.first_pit > 1]
+    return pairs_at(own, places, own.cell.c.rollouts), tokens
+
+
+def pairs_at(own, places, k):
+    """Pairs at other steps than pits: of each (solution, step) that step is rejected, against a
+    correct way to go on from its prefix."""
+    cell = own.cell
     counts = {(s.id, tuple(s.through_step(i - 1))): 0 for s, i in places}
-    # the continuations that these steps were valued with, once more: nothing new is sampled
-    found = correct_continuations(own.policy(), cell.by_id, counts, cell.c.rollouts)
+    # the k continuations that these prefixes were valued with, once more: nothing new is sampled
+    found = correct_continuations(own.policy(), cell.by_id, counts, k)
     pairs = []
     for s, i in places:
         prefix = s.through_step(i - 1)
@@ -123,8 +129,8 @@ def earlier_steps(own):
         chosen = first_other(ways, s.step(i), cell.base)
         if chosen is not None:
             prompt = cell.base.prompt(cell.by_id[s.id]) + prefix
-            pairs.append(Pair(s.id, "earlier step", i, prompt, chosen, s.step(i)))
-    return pairs, tokens
+            pairs.append(Pair(s.id, "another step", i, prompt, chosen, s.step(i)))
+    return pairs
 
 
 def whole_solutions(own, form="response", more=True):
@@ -138,22 +144,18 @@ def whole_solutions(own, form="response", more=True):
 
 
 def both_parts(own):
-    """Algorithm 1's parts 1 and 2: a step of a right solution counts as a pit, too, if it loses a
-    quarter of the value or more."""
-    solutions, tokens = own.fully_valued()
-    low = [s for s in solutions if s.correct and min(advantages(s)) <= -0.25]
-    low = [replace(s, correct=False, first_pit=find_first_pit(s.q_values)) for s in low]
-    counts = {(s.id, tuple(s.through_step(s.first_pit - 1))): 0 for s in low}
-    found = correct_continuations(own.policy(), own.cell.by_id, counts, 4)  # those of the values
-    for s in low:
-        s.continuations = found[s.id, tuple(s.through_step(s.first_pit - 1))]
-    part_1 = own.pairs("continuation", [s for s in solutions if not s.correct])
-    part_2 = own.pairs("continuation", low)
-    return part_1 + part_2, tokens
+    """Algorithm 1's parts 1 and 2: in a right solution, too, a step that loses a quarter of the value
+    or more is rejected. (make_pairs would call it no pit, since a right solution goes on from it.)"""
+    part_1, tokens = part_one(own)
+    places = []
+    for s in own.fully_valued()[0]:
+        if s.correct and min(advantages(s)) <= -0.25:
+            places.append((s, 1 + int(np.argmin(advantages(s)))))
+    return part_1 + pairs_at(own, places, 4), tokens
 
 
 def part_one(own):
-    """What both_parts has, without part 2."""
+    """Pairs of the wrong ones of the solutions that are valued in full."""
     solutions, tokens = own.fully_valued()
     return own.pairs("continuation", [s for s in solutions if not s.correct]), tokens
 
