@@ -144,8 +144,8 @@ def whole_solutions(own, form="response", more=True):
 
 
 def both_parts(own):
-    """Algorithm 1's parts 1 and 2: in a right solution, too, a step that loses a quarter of the value
-    or more is rejected. (make_pairs would call it no pit, since a right solution goes on from it.)"""
+    """Algorithm 1's parts 1 and 2: in a right solution, too, a step that loses a quarter of the
+    value or more is rejected. (make_pairs would leave it out: a right solution goes on there.)"""
     part_1, tokens = part_one(own)
     places = []
     for s in own.fully_valued()[0]:
