@@ -13,8 +13,9 @@ The first figure is a dose and its effect: x, the share of pos's right samples t
 step; y, how far neg is ahead of positives asked again for as many sampled tokens.
 """
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -25,7 +26,7 @@ from lab import figure, publish, resampled, share, slope, spreads, sweep, with_i
 from data import is_lucky, judge_steps, parse_flags
 from evaluate import q_by_step
 from model import token_logps
-from rollout import PAIR_FORMS, Example, Pair, advantages, correct_continuations
+from rollout import Example, Pair, advantages, correct_continuations
 from rollout import first_other, make_pairs, run_program, sample, solutions_to_value, value_steps
 from train import awr_weights
 
@@ -51,21 +52,25 @@ class Own:
 
     def valued(self, k=None):
         """Wrong samples, their steps valued up to the first pit by k continuations each."""
-        samples, tokens = self.samples()
-        into = f"{self.name}-K{k}" if k else self.name
-        solutions, more = self.cell.value(self.name, samples, self.i, k=k, into=into)
-        return solutions, tokens + more
+        return self.value(k=k, into=f"K{k}" if k else "")
 
     def fully_valued(self):
         """Two wrong samples and a right one of each problem, all of their steps valued."""
+        return self.value(wrong=2, correct=1, k=4, scan="full", into="full")
+
+    def right_valued(self):
+        """Eight right samples of each problem, all of their steps valued."""
+        return self.value(wrong=0, correct=8, k=4, scan="full", into="right")
+
+    def value(self, **how):
         samples, tokens = self.samples()
-        amount = dict(wrong=2, correct=1, k=4, scan="full", into=f"{self.name}-full")
-        solutions, more = self.cell.value(self.name, samples, self.i, **amount)
+        solutions, more = self.cell.value(self.name, samples, self.i, **how)
         return solutions, tokens + more
 
-    def more_samples(self):
-        """Samples alone, for as many tokens as `valued` took."""
-        n = round(self.cell.c.samples * self.valued()[1] / self.samples()[1])
+    def more_samples(self, tokens=0):
+        """Samples alone, for as many tokens as `valued` took, or for so many."""
+        tokens = tokens or self.valued()[1]
+        n = round(self.cell.c.samples * tokens / self.samples()[1])
         samples = self.cell.sample(self.name, self.i, n)
         return samples, count_tokens(samples)
 
@@ -97,19 +102,23 @@ def chosen_alone(own):
     return [Example(pair.id, pair.prompt, pair.chosen) for pair in pairs], tokens
 
 
-def other_step_form(s, correct, split):
-    """Another step of the same wrong solution in the pit's place: is it the pit that matters?"""
-    prefix, chosen, pit = PAIR_FORMS["continuation"](s, correct, split)
-    others = [s.step(i) for i in range(1, len(s.ends) + 1) if s.step(i) != pit]
-    choice = np.random.default_rng(s.ids).integers(max(1, len(others)))
-    return prefix, chosen, others[choice] if others else pit
-
-
-PAIR_FORMS["other step"] = other_step_form
+def other_steps(own):
+    """The same pairs with another step of the wrong solution in the pit's place: is it the pit that
+    matters?"""
+    solutions, tokens = own.valued()
+    pairs = {}
+    for s in solutions:
+        for pair in own.pairs("continuation", [s]):  # one, or none
+            others = [s.step(i) for i in range(1, len(s.ends) + 1) if s.step(i) != pair.rejected]
+            other = others[own.random(s).integers(len(others))] if others else pair.chosen
+            if first_other([pair.chosen], other, own.cell.base) is not None:
+                pairs[repr(pair.sequence)] = replace(pair, rejected=other)
+    return list(pairs.values()), tokens
 
 
 def earlier_steps(own):
-    """A random step before the pit, from its own prefix, against a correct way to go on there."""
+    """A random step before the pit, if there is one, from its own prefix, against a correct way to
+    go on there."""
     solutions, tokens = own.valued()
     places = [(s, own.random(s).integers(1, s.first_pit)) for s in solutions if s.first_pit > 1]
     return pairs_at(own, places, own.cell.c.rollouts), tokens
@@ -122,15 +131,16 @@ def pairs_at(own, places, k):
     counts = {(s.id, tuple(s.through_step(i - 1))): 0 for s, i in places}
     # the k continuations that these prefixes were valued with, once more: nothing new is sampled
     found = correct_continuations(own.policy(), cell.by_id, counts, k)
-    pairs = []
+    pairs = {}
     for s, i in places:
         prefix = s.through_step(i - 1)
         ways = sorted(found[s.id, tuple(prefix)], key=len)
         chosen = first_other(ways, s.step(i), cell.base)
         if chosen is not None:
             prompt = cell.base.prompt(cell.by_id[s.id]) + prefix
-            pairs.append(Pair(s.id, "another step", i, prompt, chosen, s.step(i)))
-    return pairs
+            pair = Pair(s.id, "another step", i, prompt, chosen, s.step(i))
+            pairs.setdefault(repr(pair.sequence), pair)
+    return list(pairs.values())
 
 
 def whole_solutions(own, form="response", more=True):
@@ -173,8 +183,9 @@ def with_teacher(own, **how):
 
 
 def filtered(own):
-    """Per-step RFT: D, and as many own solutions as RFT has, those whose worst step loses least."""
-    solutions, tokens = own.fully_valued()
+    """Per-step RFT: D, and as many own right solutions as RFT has, those whose worst step loses
+    least."""
+    solutions, tokens = own.right_valued()
     n = len(own.cell.positives(own.samples()[0]))
     best = sorted(solutions, key=lambda s: -min(advantages(s)))[:n]
     return own.cell.teacher + [own.cell.example(s.id, s.ids) for s in best], tokens
@@ -200,14 +211,18 @@ def step_credit(own):
 
 
 def outcome_credit(own):
-    """The same with the outcome of the solution instead, minus the problem's mean."""
-    samples, tokens = own.more_samples()
+    """The same with the outcome of the solution minus the problem's mean V instead. As many tokens;
+    a few samples stand for all of a problem: its right ones weigh V(1 - V), its wrong ones, too."""
+    samples, tokens = own.more_samples(own.fully_valued()[1])
     n = own.cell.c.negatives
     solutions = solutions_to_value(own.policy(), own.cell.train, samples, wrong=n, correct=n)
+    kept = Counter((s.id, s.correct) for s in solutions)
     items = []
     for s in solutions:
-        weights = [s.correct - s.value] * len(s.ids)
-        items.append(own.cell.example(s.id, s.ids, weights))
+        weight = s.value * (1 - s.value) / kept[s.id, s.correct]
+        if weight:
+            weights = [weight if s.correct else -weight] * len(s.ids)
+            items.append(own.cell.example(s.id, s.ids, weights))
     return items, tokens
 
 
@@ -218,7 +233,8 @@ def policy_gradient(start, model, examples, c):
     logps = token_logps(model, sequences)
     with torch.no_grad():
         ratio = (logps - token_logps(start, sequences)).exp()
-    weights = torch.tensor([w for example in examples for w in example.weights])
+    weights = [w for example in examples for w in example.weights]
+    weights = torch.tensor(weights, device=logps.device)
     taper = torch.where(weights < 0, ratio.clamp(max=1), 1.0)
     return -(weights * taper * logps).sum(), {"nll": -logps.detach().sum()}
 
@@ -252,7 +268,7 @@ CORE = {
 }
 CONTROLS = CORE | {
     "neg, nll 0.3": Arm("pos", first_pits, flags=dict(nll=0.3)),
-    "other step": Arm("pos", partial(first_pits, form="other step")),
+    "other step": Arm("pos", other_steps),
     "earlier step": Arm("pos", earlier_steps),
     "whole, half": Arm("pos", partial(whole_solutions, more=False)),
     "again from base": Arm("pos", partial(with_teacher, keep=8), "base", "base"),
@@ -327,7 +343,10 @@ def work(folder, rate, size, seed, *, arms, picked, tries, traces, flags):
     if "pos" not in cell.arms:
         return result
     own = Own(cell, cell.names["pos"], 1)
-    return result | dict(pos=quality(cell, own.samples()[0]), pits=pits(cell, own))
+    result["pos"] = quality(cell, own.samples()[0])
+    if own.valued()[0]:
+        result["pits"] = pits(cell, own)
+    return result
 
 
 def train_sft(cell, tries):
@@ -352,7 +371,7 @@ def train_arm(cell, name, arm, tries):
     cell.pick(name, start, items, tries[arm.tries], loss=loss, **arm.flags)
     record = cell.arms[name]
     record["tokens"] = before["tokens"] + tokens
-    record["steps"] += cell.arms[start]["steps"] if start != "base" else 0
+    record["steps"] += before["steps"]
     record["items"] = len(items)
 
 

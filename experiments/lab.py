@@ -11,6 +11,7 @@ import csv
 import math
 import multiprocessing
 import os
+import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -89,7 +90,10 @@ class Cell:
         if isinstance(items[0], Pair):
             default_loss = LOSSES[c.loss]
             default_lr = c.neg_lr
-        if not (self.folder / name / "model.safetensors").exists():
+        folder = self.folder / name
+        if not list(folder.glob("*.safetensors")):  # neither a model nor a checkpoint of one
+            shutil.rmtree(folder, ignore_errors=True)
+        if not (folder / "model.safetensors").exists():
             policy = load_policy(self.place(start), c, train=True)
             fit(policy, items, loss or default_loss, c, name, epochs=epochs, lr=lr or default_lr)
         return max(1, round(epochs * len(items) / c.batch))
@@ -155,12 +159,12 @@ class Cell:
     def value(self, name, samples, i=0, *, wrong=None, correct=0, k=None, scan=None, into=""):
         """Value wrong samples of arm `name`, and so many correct ones a problem (Eq. 2).
 
-        into: the folder of values.jsonl, if not the arm's own. Returns (solutions, tokens sampled).
+        into: a folder within the arm's own, for values.jsonl. Returns (solutions, tokens sampled).
         """
         policy = self.policy(name, i)
         wrong = self.c.negatives if wrong is None else wrong
         solutions = solutions_to_value(policy, self.train, samples, wrong=wrong, correct=correct)
-        path = self.folder / (into or name) / "values.jsonl"
+        path = self.folder / name / into / "values.jsonl"
         tokens = path.parent / "tokens.json"
         path.parent.mkdir(exist_ok=True)
         if not tokens.exists():  # what a kill left of them cost tokens that nobody counted
@@ -332,7 +336,7 @@ def spread(values):
     mean = float(values.mean())
     half = math.nan
     if n > 1:
-        t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(n, 2.0)
+        t = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.2][min(n, 11) - 2]
         half = t * float(values.std(ddof=1)) / math.sqrt(n)
     return [mean, mean - half, mean + half]
 

@@ -217,13 +217,17 @@ def main():
     cells = {}
     for size in b["sizes"]:
         for seeds in ([0], range(1, b["seeds"])):  # seed 0 chooses
-            picked = cells[size, 0]["picked"] if seeds != [0] else {}
+            picked = {}
+            if seeds != [0]:
+                if (size, 0) not in cells:
+                    break
+                picked = cells[size, 0]["picked"]
             keys = [(size, seed) for seed in seeds]
             files = (c.train, c.test)
             cells |= sweep(c, name, work, keys, files=files, picked=picked, **shared)
     records = list(cells.values())
     summary = {}
-    for size in b["sizes"]:
+    for size in sorted({cell["size"] for cell in records}):
         summary[f"{size} problems"] = one_set([cell for cell in records if cell["size"] == size])
     publish(c, name, cells, summary, arm_rows(records))
     for title, record in summary.items():
