@@ -30,6 +30,7 @@ from rollout import progress, sample, solutions_to_value
 from train import LOSSES, TrainFlags, fit, made_by_stage, nll, resolve, teacher_examples
 
 RESULTS = Path(__file__).parent / "results"
+BEGAN = time.monotonic()
 
 
 @dataclass
@@ -204,13 +205,12 @@ def share(verdicts):
 def sweep(c, name, work, keys, **shared):
     """{key: work(folder, *key, **shared)} for every key, some side by side. The results are JSON
     objects on disk; what is there is not made again. With --hours, cells may be left out."""
-    began = time.monotonic()
     root = Path(c.out or f"runs/experiments/{name}-{c.budget}")
     folders = {key: root / "-".join(map(str, key)) for key in keys}
     todo = [key for key in keys if not (folders[key] / "cell.json").exists()]
     jobs = c.jobs or (4 if c.budget == "gpu" else os.cpu_count())
     bar = progress(name, "cell", len(keys), len(keys) - len(todo))
-    until = began + c.hours * 3600 if c.hours else math.inf
+    until = BEGAN + c.hours * 3600 if c.hours else math.inf
     if jobs == 1:
         for key in todo:
             run_cell(work, folders[key], key, shared, until)
