@@ -571,19 +571,20 @@ def text(name, record):
 
 
 def dose_panel(axis, sets):
-    for question, colour in (
-        ("negatives, at equal tokens", "#d1495b"),
-        ("whole solutions, at equal tokens", "#777777"),
+    """How far neg, and whole solutions by DPO, are ahead of pos again, by luck of pos's samples."""
+    sets = [record for record in sets if "negatives, at equal tokens" in record["questions"]]
+    luck = [100 * record["pos"]["luck"] for record in sets]
+    for question, colour, label in (
+        ("negatives, at equal tokens", "#d1495b", "neg"),
+        ("whole solutions, at equal tokens", "#777777", "DPO on whole solutions"),
     ):
-        for record in sets:
-            if question in record["questions"]:
-                mean, low, high = record["questions"][question]
-                luck = 100 * record["pos"]["luck"]
-                error = [[mean - low], [high - mean]]
-                axis.errorbar(luck, mean, error, fmt="o", ms=3, color=colour)
+        mean, low, high = np.array([record["questions"][question] for record in sets]).T
+        error = [mean - low, high - mean]
+        axis.errorbar(luck, mean, error, fmt="o", ms=3, color=colour, label=label)
     axis.axhline(0, color="#bbbbbb", lw=1)
     axis.set(xlabel="of pos's right samples, % with a wrong step")
-    axis.set(ylabel="neg minus pos again, points", title="at equal sampled tokens")
+    axis.set(ylabel="ahead of pos again, points", title="at equal sampled tokens")
+    axis.legend(frameon=False, fontsize=7)
 
 
 COLOURS = {"sft": "#777777", "pos": "#77aadd", "pos again": "#2b7bba", "neg": "#d1495b"}
