@@ -293,6 +293,7 @@ ALL = CONTROLS | {
 
 
 ALIKE = ("neg, nll 0.3", "whole, half", "algorithm 1", "step by step", "farthest", "K 3", "K 20")
+ALIKE += ("part 1", "awr", "pos a third time", "neg on pos again")  # the tests leave them out
 SMOKE = {name: arm for name, arm in ALL.items() if name not in ALIKE}
 SETS = dict(ladder=None, core=CORE, controls=CONTROLS, all=ALL, smoke=SMOKE)
 MAIN = 0.2  # the rate at which data is counted
