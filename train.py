@@ -177,12 +177,17 @@ def sample_own_problems(policy, problems, c):
     samples = sample(policy, problems, folder / "samples.jsonl", c.samples)
     print(f"{folder.name}: {counted(samples)}", end="")
     if c.data == "arithmetic":
-        lucky = []
-        for problem in problems:
-            lucky += [is_lucky(problem, s["text"]) for s in samples[problem.id] if s["correct"]]
-        print(f"; {np.mean(lucky or [0]):.1%} of the correct ones hold a wrong step", end="")
+        print(f"; {luck(problems, samples):.1%} of the correct ones hold a wrong step", end="")
     print()
     return samples
+
+
+def luck(problems, samples):
+    """Of the correct samples of the built-in task, the share that hold a wrong step."""
+    lucky = []
+    for problem in problems:
+        lucky += [is_lucky(problem, s["text"]) for s in samples[problem.id] if s["correct"]]
+    return np.mean(lucky or [0])
 
 
 def valued_solutions(policy, by_id, samples, c):

@@ -6,7 +6,7 @@ of them sampled (targets 1-3, 9-12, 16, 17, 19, 20).
 
 A cell is a training set of the built-in task: a rate e of spurious steps, a number of problems, a
 seed. sft samples the problems for pos, and pos samples them for everyone else. An arm is a row of
-ARMS: where it starts and what it is trained on. Each has four tries of a learning rate and a number
+ALL: where it starts and what it is trained on. Each has four tries of a learning rate and a number
 of epochs; seed 0 chooses on the validation split, and the other seeds take over what it chose.
 
 The first figure is a dose and its effect: x, the share of pos's right samples that hold a wrong
@@ -21,14 +21,15 @@ from functools import partial
 import numpy as np
 import torch
 from lab import Cell, LabFlags, arithmetic_cell, bits, count_tokens, data_worth, errors_by_size
-from lab import figure, publish, resampled, share, slope, spreads, sweep, with_interval
+from lab import figure, publish, resampled, share, slope, spreads, sweep, verdicts
+from lab import with_interval
 
-from data import is_lucky, judge_steps, parse_flags
+from data import judge_steps, parse_flags
 from evaluate import q_by_step
 from model import token_logps
 from rollout import Example, Pair, advantages, correct_continuations
 from rollout import first_other, make_pairs, run_program, sample, solutions_to_value, value_steps
-from train import awr_weights
+from train import luck, weighted_example
 
 # ---------------------------------------------------------------- what a policy's samples gave
 
@@ -194,8 +195,9 @@ def filtered(own):
 def weighted_by_advantage(own):
     """AWR (Eq. 4)."""
     solutions, tokens = own.fully_valued()
-    beta = own.cell.c.beta
-    return [own.cell.example(s.id, s.ids, awr_weights(s, beta)) for s in solutions], tokens
+    cell = own.cell
+    weigh = partial(weighted_example, cell.base, beta=cell.c.beta)
+    return [weigh(cell.by_id[s.id], s) for s in solutions], tokens
 
 
 def step_credit(own):
@@ -386,7 +388,7 @@ def look_at(cell, name, traces):
     record = {}
     if cell.c.eval_samples:  # judge has drawn them
         drawn = sample(cell.base, test, folder / "samples.jsonl", cell.c.eval_samples)
-        record["luck"] = luck(test, drawn)
+        record["luck"] = round(luck(test, drawn), 4)
     few = test[:traces]
     path = cell.folder / cell.names["sft"] / "test" / "greedy.jsonl"
     solved = sample(cell.base, few, path, 1, temperature=0)
@@ -398,18 +400,9 @@ def look_at(cell, name, traces):
     return record
 
 
-def luck(problems, samples):
-    """Share of the right samples that hold a wrong step."""
-    lucky = []
-    for problem in problems:
-        lucky += [is_lucky(problem, s["text"]) for s in samples[problem.id] if s["correct"]]
-    return share(lucky or [0])
-
-
 def quality(cell, samples):
     """Of samples of the training problems: how many are right, and of these how many by luck."""
-    right = [s["correct"] for drawn in samples.values() for s in drawn]
-    return dict(right=share(right), luck=luck(cell.train, samples))
+    return dict(right=share(verdicts(samples)), luck=round(luck(cell.train, samples), 4))
 
 
 def pits(cell, own):
@@ -432,10 +425,11 @@ def pits(cell, own):
 
 # ---------------------------------------------------------------- summary
 
+DOSE = "negatives, at equal tokens"  # the first figure
 QUESTIONS = {  # what an arm and another beside it say
     "own positives": ("pos", "sft"),
     "asked again": ("pos again", "pos"),
-    "negatives, at equal tokens": ("neg", "pos again"),
+    DOSE: ("neg", "pos again"),
     "negatives, from pos": ("neg", "pos"),
     "the rejected side": ("neg", "chosen alone"),
     "the pit, not another step": ("neg", "other step"),
@@ -471,17 +465,17 @@ def one_set(cells):
     """Means over the seeds with their intervals, and the answers to QUESTIONS by bootstrap over
     seeds and problems, in points."""
     summary = dict(seeds=len(cells), arms={}, questions={})
-    verdicts = {}
+    correct = {}
     for arm in cells[0]["arms"]:
         records = [cell["arms"][arm] for cell in cells if arm in cell["arms"]]
         if len(records) < len(cells):
             continue
-        verdicts[arm] = np.array([bits(record["correct"]) for record in records])
+        correct[arm] = np.array([bits(record["correct"]) for record in records])
         summary["arms"][arm] = spreads(records, NUMBERS)
         if "q" in records[0]:
             q = zip(*(record["q"] for record in records), strict=False)
             summary["arms"][arm]["q"] = [round(float(np.mean(step)), 4) for step in q]
-    errors = resampled(verdicts)
+    errors = resampled(correct)
     for question, (arm, other) in QUESTIONS.items():
         if arm in errors and other in errors:
             summary["questions"][question] = with_interval(100 * (errors[other] - errors[arm]))
@@ -530,11 +524,13 @@ def main():
     at_main = [cell for cell in records if cell["rate"] == MAIN]
     summary = dict(sets=sets, worth=worth(at_main) if at_main else {})
     stem = publish(c, "controls", cells, summary, csv_rows(records))
-    panels = [lambda axis: dose_panel(axis, sets.values())]
-    for name, record in sets.items():
-        if name.startswith(f"e {MAIN},") and "pos again" in record["arms"]:
-            panels.append(partial(cost_panel, title=name, record=record))
-    figure(stem, panels)
+    compared = {name: record for name, record in sets.items() if DOSE in record["questions"]}
+    if compared:
+        panels = [lambda axis: dose_panel(axis, compared.values())]
+        for name, record in compared.items():
+            if name.startswith(f"e {MAIN},"):
+                panels.append(partial(cost_panel, title=name, record=record))
+        figure(stem, panels)
     for name, record in sets.items():
         print(text(name, record))
 
@@ -573,10 +569,9 @@ def text(name, record):
 
 def dose_panel(axis, sets):
     """How far neg, and whole solutions by DPO, are ahead of pos again, by luck of pos's samples."""
-    sets = [record for record in sets if "negatives, at equal tokens" in record["questions"]]
     luck = [100 * record["pos"]["luck"] for record in sets]
     for question, colour, label in (
-        ("negatives, at equal tokens", "#d1495b", "neg"),
+        (DOSE, "#d1495b", "neg"),
         ("whole solutions, at equal tokens", "#777777", "DPO on whole solutions"),
     ):
         mean, low, high = np.array([record["questions"][question] for record in sets]).T

@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import claim_folder, content_hash, flag, folder_hash, load_problems, provenance
 from data import read_json, write_json
 from evaluate import compare, evaluate
-from rollout import Example, Pair, value_steps, load_policy, most_diverse
+from rollout import Example, Pair, value_steps, load_policy
 from rollout import progress, sample, solutions_to_value
-from train import LOSSES, TrainFlags, fit, made_by_stage, nll, resolve, teacher_examples
+from train import LOSSES, TrainFlags, fit, made_by_stage, nll, own_examples, resolve
+from train import teacher_examples
 
 RESULTS = Path(__file__).parent / "results"
 BEGAN = time.monotonic()
@@ -150,12 +151,7 @@ class Cell:
 
     def positives(self, samples, keep=4):
         """D+: at most `keep` correct samples of each problem, the most diverse, as Examples."""
-        examples = []
-        for problem in self.train:
-            correct = [s for s in samples[problem.id] if s["correct"]]
-            for s in most_diverse(correct, keep):
-                examples.append(self.example(problem.id, s["ids"]))
-        return examples
+        return own_examples(self.base, self.train, samples, keep)
 
     def value(self, name, samples, i=0, *, wrong=None, correct=0, k=None, scan=None, into=""):
         """Value wrong samples of arm `name`, and so many correct ones a problem (Eq. 2).
@@ -321,14 +317,6 @@ def data_worth(errors, sizes, arm, size):
     return dict(multiplier=with_interval(values), at_least=bounds[0])
 
 
-def worth_text(record):
-    """Such as "1.8x", or ">=32.0x" for a bound; "" where no multiplier was read off."""
-    if "multiplier" not in record:
-        return ""
-    sign = ">=" if record["at_least"] else ""
-    return f"{sign}{record['multiplier'][0]:.1f}x"
-
-
 def spread(values):
     """Mean and 95% interval over seeds by Student's t: [mean, low, high]."""
     values = np.asarray(values, float)
@@ -405,15 +393,6 @@ def publish(c, name, cells, summary, rows):
 
 def four_digits(value):
     return f"{value:.4g}" if isinstance(value, float) else value
-
-
-def plot_errors(axis, records, colour, label):
-    """Error against size with its interval. records: {size: {"error": [mean, low, high]}}."""
-    sizes = list(records)
-    mean, low, high = np.array([record["error"] for record in records.values()]).T
-    axis.plot(sizes, mean, "o-", ms=3, color=colour, label=label)
-    axis.fill_between(sizes, low, high, color=colour, alpha=0.15, lw=0)
-    axis.set(xscale="log", xlabel="training problems |D|", ylabel="test error (greedy)")
 
 
 def figure(stem, panels):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from controls import CORE, Own, one_set, text, train_arm, train_sft
-from lab import Cell, LabFlags, arm_rows, publish, share, sweep
+from lab import Cell, LabFlags, arm_rows, publish, share, sweep, verdicts
 
 from data import BASE, Problem, UserError, flag, parse_flags, read_problems, read_rows, split_of
 from rollout import ask_pits_again, run_program
@@ -199,8 +199,8 @@ def what_pairs_rest_on(cell):
     before, _ = Own(cell, cell.names["sft"], 0).samples()
     after, _ = own.samples()
     return dict(
-        generator_right=share([s["correct"] for drawn in before.values() for s in drawn]),
-        right=share([s["correct"] for drawn in after.values() for s in drawn]),
+        generator_right=share(verdicts(before)),
+        right=share(verdicts(after)),
         pits=len(solutions),
         keep_q_0=share([row["correct"] == 0 for row in again] or [0]),
     )
