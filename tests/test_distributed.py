@@ -141,15 +141,38 @@ def runs(tmp_path_factory):
 def test_two_processes_end_where_one_does(runs, tmp_path):
     """Samples that depend on the number of processes; rows lost, doubled or out of order; gradients
     averaged twice or not summed; a clipped norm of one shard; a checkpoint of one process that two
-    cannot go on from."""
+    cannot go on from; a loss whose mean depends on how a batch is shared; programs that write their
+    files twice or in another order; a folder of another configuration that only the first process
+    refuses."""
     whole, half = runs
     out = tmp_path / "x"
     shutil.copytree(half, out)
     (out / "generator" / "samples.jsonl").unlink()  # sampled again, then `pos` goes on
     assert step_of(out / "pos") == 4
-    command = ["train", "--out", out, *TINY, "--save-seconds", 60]
-    code, printed, err = two(tmp_path, PROGRAM, command)
-    assert code == 0 and "Traceback" not in err, err
+    shared = ["--model", BASE, "--limit", 7, "--prompt", "{question}\n", "--device", "cpu"]
+    shared += ["--max-new-tokens", 32, "--threads", 1, "--rollouts", 2]
+    sampled = [*shared, "--samples", 4, "--temperature", 1.5, "--out"]
+    judged = [*shared, "--samples", 3, "--out"]
+    one(rollout, *sampled, tmp_path / "r1")
+    one(evaluate, *judged, tmp_path / "e1")
+    code, printed, err = two(  # at once, as starting takes longest
+        tmp_path,
+        PROGRAM,
+        ["train", "--out", out, *TINY, "--save-seconds", 60],
+        ["losses"],
+        ["rollout", *sampled, tmp_path / "r2"],
+        ["evaluate", *judged, tmp_path / "e2"],
+        ["rollout", *sampled, tmp_path / "r2", "--seed", 5],
+    )
+    assert code != 0
+    assert err.count("error: ") == 1 and "this run was begun with seed=0" in err, err
+    for name in ("samples.jsonl", "values.jsonl"):
+        assert (tmp_path / "r2" / name).read_bytes() == (tmp_path / "r1" / name).read_bytes(), name
+    [first] = (tmp_path / "e1").iterdir()
+    for name in ("results.json", "greedy.jsonl", "samples.jsonl", "values-greedy-2.jsonl"):
+        second = tmp_path / "e2" / first.name / name
+        assert second.read_bytes() == (first / name).read_bytes(), name
+    assert printed.count("28 samples") == 1 and printed.count("step  1  Q") == 1
     assert printed.count("against sft") == 1
     assert not [path for path in out.rglob("*") if "tmp" in path.name or "checkpoint" in path.name]
     rows = ["generator/samples", "pos/samples", "pos/values", "pos/pairs", "sft/eval/greedy"]
@@ -200,34 +223,6 @@ def compare_losses():
         torch.testing.assert_close(grads, want, rtol=1e-3, atol=1e-5)
         for name, value in log.items():
             assert metrics[name] == pytest.approx(float(value), rel=1e-4, abs=1e-5)
-
-
-def test_losses_rollout_and_evaluate_in_two_processes(tmp_path):
-    """A loss whose mean depends on how a batch is shared; programs that write their files twice or
-    in another order; a folder of another configuration that only the first process refuses."""
-    shared = ["--model", BASE, "--limit", 7, "--prompt", "{question}\n", "--device", "cpu"]
-    shared += ["--max-new-tokens", 32, "--threads", 1, "--rollouts", 2]
-    sampled = [*shared, "--samples", 4, "--temperature", 1.5, "--out"]
-    judged = [*shared, "--samples", 3, "--out"]
-    one(rollout, *sampled, tmp_path / "r1")
-    one(evaluate, *judged, tmp_path / "e1")
-    code, printed, err = two(
-        tmp_path,
-        PROGRAM,
-        ["losses"],
-        ["rollout", *sampled, tmp_path / "r2"],
-        ["evaluate", *judged, tmp_path / "e2"],
-        ["rollout", *sampled, tmp_path / "r2", "--seed", 5],
-    )
-    assert code != 0
-    assert err.count("error: ") == 1 and "this run was begun with seed=0" in err, err
-    for name in ("samples.jsonl", "values.jsonl"):
-        assert (tmp_path / "r2" / name).read_bytes() == (tmp_path / "r1" / name).read_bytes(), name
-    [first] = (tmp_path / "e1").iterdir()
-    for name in ("results.json", "greedy.jsonl", "samples.jsonl", "values-greedy-2.jsonl"):
-        second = tmp_path / "e2" / first.name / name
-        assert second.read_bytes() == (first / name).read_bytes(), name
-    assert printed.count("28 samples") == 1 and printed.count("step  1  Q") == 1
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])

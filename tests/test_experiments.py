@@ -301,7 +301,8 @@ def test_the_spread_over_seeds_is_students():
 
 def test_the_gpu_bench_runs_on_a_cpu(run, tmp_path, capsys, monkeypatch):
     """The first minutes on a card lost to a bench that was never run."""
-    monkeypatch.setattr(importlib.import_module("gpu"), "limits", lambda *_: (1e13, 1e12))
+    for name in ("gpu", "sampling"):
+        monkeypatch.setattr(importlib.import_module(name), "limits", lambda *_: (1e13, 1e12))
     job = "--rows 8 --prompt-tokens 4 --new-tokens 8 --pairs 1 --tokens 16 --threads 1".split()
     run("gpu", "--shape", "tiny", "--device", "cpu", "--out", tmp_path / "gpu.json", *job)
     printed = capsys.readouterr().out

@@ -852,29 +852,27 @@ def base_run(tmp_path_factory):
     return by_id, rollouts, folder / "values.jsonl"
 
 
-def remade_pairs(base_run, path, form, which):
-    """Pairs of the chosen solutions, whose values are read from or written to `path`."""
-    by_id, rollouts, _ = base_run
-    policy = base_policy(slots=6)
-    solutions = solutions_to_value(policy, by_id.values(), rollouts, wrong=3)[which]
-    value_steps(policy, by_id, solutions, path, k=4)
-    return make_pairs(form, policy, by_id, rollouts, solutions, seed=3)
-
-
-@pytest.mark.parametrize("form", PAIR_FORMS)
-def test_pairs_do_not_depend_on_restarts_or_other_solutions(base_run, tmp_path, form):
+def test_pairs_do_not_depend_on_restarts_or_other_solutions(base_run, tmp_path):
     """Pairs that change when a row of values is made again, with the order, or with the company."""
-    pairs = remade_pairs(base_run, base_run[2], form, slice(None))
-    assert len(pairs) > 5
-    assert {pair.first_pit for pair in pairs} > {1}
-    lines = base_run[2].read_text().splitlines(keepends=True)
-    path = tmp_path / "values.jsonl"
-    path.write_text("".join(lines[:2] + lines[5:]))
-    assert remade_pairs(base_run, path, form, slice(None)) == pairs
-    assert sorted(path.read_text().splitlines(keepends=True)) == sorted(lines)
-    path = tmp_path / "some.jsonl"
-    some = remade_pairs(base_run, path, form, slice(None, None, -2))
-    assert some and all(pair in pairs for pair in some)
+    by_id, rollouts, whole = base_run
+    policy = base_policy(slots=6)
+    lines = whole.read_text().splitlines(keepends=True)
+    restarted = tmp_path / "values.jsonl"
+    restarted.write_text("".join(lines[:2] + lines[5:]))
+    valued = []
+    for path, part in (
+        (whole, slice(None)),
+        (restarted, slice(None)),
+        (tmp_path / "some.jsonl", slice(None, None, -2)),
+    ):
+        solutions = solutions_to_value(policy, by_id.values(), rollouts, wrong=3)[part]
+        valued.append(value_steps(policy, by_id, solutions, path, k=4))
+    assert sorted(restarted.read_text().splitlines(keepends=True)) == sorted(lines)
+    for form in PAIR_FORMS:
+        pairs, again, some = [make_pairs(form, policy, by_id, rollouts, s, seed=3) for s in valued]
+        assert len(pairs) > 5 and {pair.first_pit for pair in pairs} > {1}, form
+        assert again == pairs, form
+        assert some and all(pair in pairs for pair in some), form
 
 
 def test_texts_of_a_pair_joined_are_the_text_of_its_ids():

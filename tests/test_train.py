@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import evaluate
 import train
 from data import PRESETS, Tokenizer, UserError, load_problems, parse_flags, write_rows
 from model import GPT, Config, collate
@@ -898,6 +899,7 @@ def calls(tmp_path, monkeypatch):
     spy(monkeypatch, torch.optim, "AdamW", calls)
     spy(monkeypatch, train, "dpo", calls)
     monkeypatch.setitem(LOSSES, "dpo", train.dpo)
+    monkeypatch.setattr(evaluate, "sample", fake_sample)
     return calls
 
 
