@@ -1,5 +1,5 @@
 """What do own data, negatives, step credit and the pit each earn? A table of arms, with what each
-of them sampled (targets 1-3, 9-12, 16, 17, 19, 20).
+of them sampled (claims 1-12, 16, 17, 19, 20).
 
     python experiments/controls.py --budget cpu
     python experiments/controls.py --budget cpu --hours 2     # and go on another day
@@ -13,6 +13,7 @@ The first figure is a dose and its effect: x, the share of pos's right samples t
 step; y, how far neg is ahead of positives asked again for as many sampled tokens.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from lab import figure, publish, resampled, share, slope, spreads, sweep, verdic
 from lab import with_interval
 
 from data import judge_steps, parse_flags
-from evaluate import q_by_step
+from evaluate import count_spurious, q_by_step
 from model import token_logps
 from rollout import Example, Pair, advantages, correct_continuations
 from rollout import first_other, make_pairs, run_program, sample, solutions_to_value, value_steps
@@ -67,6 +68,11 @@ class Own:
         samples, tokens = self.samples()
         solutions, more = self.cell.value(self.name, samples, self.i, **how)
         return solutions, tokens + more
+
+    def many_samples(self):
+        """Eight times as many samples."""
+        samples = self.cell.sample(self.name, self.i, 8 * self.cell.c.samples)
+        return samples, count_tokens(samples)
 
     def more_samples(self, tokens=0):
         """Samples alone, for as many tokens as `valued` took, or for so many."""
@@ -183,6 +189,45 @@ def with_teacher(own, **how):
     return own.cell.teacher + items, tokens
 
 
+def own_alone(own, keep):
+    """At most so many own right solutions of each problem, without the teacher's."""
+    samples, tokens = own.many_samples()
+    return own.cell.positives(samples, keep), tokens
+
+
+def teachers_alone(own):
+    """The teacher's solutions of the problems of which there are own ones."""
+    items, tokens = own_alone(own, 1)
+    solved = {item.id for item in items}
+    return [item for item in own.cell.teacher if item.id in solved], tokens
+
+
+def with_inserted(own, dose, harmless=False):
+    """One own right solution of each problem, in which stand `dose` more lines on average: first
+    pits of wrong samples, or lines that change nothing."""
+    cell = own.cell
+    pits = {}
+    for s in own.valued()[0]:
+        pits.setdefault(s.id, []).append(cell.base.text(s.step(s.first_pit)).strip())
+    items, tokens = own_alone(own, 1)
+    examples = []
+    for item in items:
+        rng = np.random.default_rng([cell.c.seed, *item.response])
+        *lines, answer = cell.base.text(item.response).split("\n")
+        for _ in range(int(dose + rng.random())):
+            if not lines or item.id not in pits:
+                break
+            at = rng.integers(1, len(lines) + 1)
+            line = rng.choice(pits[item.id])
+            if harmless:
+                total = lines[at - 1].rsplit(" ", 1)[-1]
+                line = f"{total} + 0 = {total}"
+            lines.insert(at, line)
+        problem = replace(cell.by_id[item.id], solution="\n".join([*lines, answer]))
+        examples.append(cell.example(item.id, cell.base.solution(problem)))
+    return examples, tokens
+
+
 def filtered(own):
     """Per-step RFT: D, and as many own right solutions as RFT has, those whose worst step loses
     least."""
@@ -247,6 +292,7 @@ TRIES = {  # (learning rate, epochs) by what is trained
     "base": [(5e-4, 5.0), (5e-4, 7.0), (5e-4, 10.0), (5e-4, 14.0)],
     "examples": [(3e-5, 2.0), (1e-4, 2.0), (3e-4, 2.0), (1e-4, 4.0)],
     "pairs": [(1e-5, 3.0), (3e-5, 3.0), (1e-4, 3.0), (3e-5, 6.0)],
+    "by heart": [(5e-4, 60.0)],
 }
 
 
@@ -288,20 +334,44 @@ ALL = CONTROLS | {
     "step by step": Arm("pos", partial(first_pits, form="step")),
     "farthest": Arm("pos", partial(whole_solutions, form="farthest", more=False)),
     "per-step RFT": Arm("sft", filtered, "base", "base"),
+    # One's own right solutions: how many, and with which steps.
+    "one teacher's": Arm("sft", teachers_alone, "base", "base"),
+    "own 1": Arm("sft", partial(own_alone, keep=1), "base", "base"),
+    "own 2": Arm("sft", partial(own_alone, keep=2), "base", "base"),
+    "own 4": Arm("sft", partial(own_alone, keep=4), "base", "base"),
+    "own 8": Arm("sft", partial(own_alone, keep=8), "base", "base"),
+    "own 16": Arm("sft", partial(own_alone, keep=16), "base", "base"),
+    "pits in 0.1": Arm("sft", partial(with_inserted, dose=0.1), "base", "base"),
+    "pits in 0.3": Arm("sft", partial(with_inserted, dose=0.3), "base", "base"),
+    "pits in 1": Arm("sft", partial(with_inserted, dose=1), "base", "base"),
+    "harmless in 1": Arm("sft", partial(with_inserted, dose=1, harmless=True), "base", "base"),
+    "pits in 0.1, neg": Arm("pits in 0.1", first_pits),
+    "pits in 0.3, neg": Arm("pits in 0.3", first_pits),
+    "pits in 1, neg": Arm("pits in 1", first_pits),
     "K 1": Arm("pos", partial(first_pits, k=1)),
     "K 3": Arm("pos", partial(first_pits, k=3)),
     "K 20": Arm("pos", partial(first_pits, k=20)),
 }
 
 
-ALIKE = ("neg, nll 0.3", "whole, half", "algorithm 1", "step by step", "farthest", "K 3", "K 20")
-ALIKE += ("part 1", "awr", "pos a third time", "neg on pos again")  # the tests leave them out
-SMOKE = {name: arm for name, arm in ALL.items() if name not in ALIKE}
-SETS = dict(ladder=None, core=CORE, controls=CONTROLS, all=ALL, smoke=SMOKE)
+# Positives that are right by memory, the paper's own cause of spurious steps in them: few problems,
+# and so many epochs that samples of them repeat the teacher, whatever it wrote.
+BY_HEART = {
+    "pos by heart": Arm("sft by heart", partial(with_teacher, more=False), "base", "by heart"),
+    "neg by heart": Arm("pos by heart", first_pits),
+    "again by heart": Arm("pos by heart", positives, tries="examples"),
+}
+ALIKE = """neg, nll 0.3; whole, half; algorithm 1; step by step; farthest; K 3; K 20; part 1; awr
+    pos a third time; neg on pos again; own 2; own 4; own 8; own 16; pits in 0.1; pits in 1
+    pits in 0.1, neg; pits in 0.3, neg; pits in 1, neg; neg by heart; again by heart
+    neg2; again from base; one teacher's"""  # the tests leave them out
+ALIKE = re.split(r"[;\n] *", ALIKE)
+SMOKE = {name: arm for name, arm in (ALL | BY_HEART).items() if name not in ALIKE}
+SETS = dict(ladder={}, core=CORE, controls=CONTROLS, all=ALL, heart=CORE | BY_HEART, smoke=SMOKE)
 MAIN = 0.2  # the rate at which data is counted
 PARTS = [  # one after the other: (rate, problems, arms)
     [(0.2, 200, "all"), (0.3, 200, "core"), (0.1, 200, "core"), (0.0, 200, "core")],
-    [(0.2, 100, "controls"), (0.2, 400, "controls"), (0.25, 200, "core"), (0.2, 50, "core")],
+    [(0.2, 100, "controls"), (0.2, 400, "controls"), (0.25, 200, "core"), (0.2, 50, "heart")],
     [(0.3, 400, "core"), (0.25, 400, "core"), (0.1, 400, "core"), (0.0, 400, "core")],
     [(0.2, 800, "ladder"), (0.2, 1600, "ladder"), (0.2, 3200, "ladder"), (0.4, 400, "core")],
 ]
@@ -335,26 +405,37 @@ def work(folder, rate, size, seed, *, arms, picked, tries, traces, flags):
     {arm: the rate and the epochs that seed 0 chose}}. tries: those of an arm, like TRIES."""
     cell = arithmetic_cell(folder, limit=size, seed=seed, spurious=rate, **flags)
     cell.picked = dict(picked.get((rate, size), {}))
-    train_sft(cell, tries)
+    train_sft(cell, tries["base"])
     result = dict(rate=rate, size=size, seed=seed, picked=cell.picked, arms=cell.arms)
-    if arms[rate, size] == "ladder":  # SFT's alone
+    todo = SETS[arms[rate, size]]
+    if not todo:  # SFT's alone, for its ladder
         return result
-    for name, arm in SETS[arms[rate, size]].items():
+    if "pos by heart" in todo:
+        train_sft(cell, tries["by heart"], "sft by heart")
+    for name, arm in todo.items():
         train_arm(cell, name, arm, tries)
     for name in cell.arms:
         cell.arms[name] |= look_at(cell, name, traces)
-    if "pos" not in cell.arms:
-        return result
-    own = Own(cell, cell.names["pos"], 1)
-    result["pos"] = quality(cell, own.samples()[0])
-    if own.valued()[0]:
-        result["pits"] = pits(cell, own)
+    for name in ("pos", "pos by heart"):
+        if name in cell.arms:
+            result[name] = quality(own_of(cell, name))
+    if "own 1" in cell.arms:
+        own = own_of(cell, "sft")
+        for name, items in (("teacher", teachers_alone(own)), ("own", own_alone(own, 1))):
+            result.setdefault("nll", {})[name] = likelihood(cell, items[0])
+    if "pos" in cell.arms and own_of(cell, "pos").valued()[0]:
+        result["pits"] = pits(cell, own_of(cell, "pos"))
     return result
 
 
-def train_sft(cell, tries):
-    cell.pick("sft", "base", cell.teacher, tries["base"])
-    cell.arms["sft"]["tokens"] = 0
+def own_of(cell, name):
+    """What an arm samples. Policies of one round have the random numbers of the round."""
+    return Own(cell, cell.names[name], dict(sft=0, pos=1).get(name, 2))
+
+
+def train_sft(cell, tries, name="sft"):
+    cell.pick(name, "base", cell.teacher, tries)
+    cell.arms[name]["tokens"] = 0
 
 
 def train_arm(cell, name, arm, tries):
@@ -363,8 +444,7 @@ def train_arm(cell, name, arm, tries):
     before = cell.arms.get(arm.own)
     if before is None:
         return  # its policy found nothing to learn from
-    i = dict(sft=0, pos=1).get(arm.own, 2)
-    items, tokens = arm.items(Own(cell, cell.names[arm.own], i))
+    items, tokens = arm.items(own_of(cell, arm.own))
     if not items:
         return
     start = arm.start or arm.own
@@ -400,9 +480,29 @@ def look_at(cell, name, traces):
     return record
 
 
-def quality(cell, samples):
-    """Of samples of the training problems: how many are right, and of these how many by luck."""
-    return dict(right=share(verdicts(samples)), luck=round(luck(cell.train, samples), 4))
+def quality(own):
+    """What share of a policy's samples of its training problems is right, what share of these by
+    luck, and how many spurious steps they hold; what share is right of problems never seen."""
+    cell = own.cell
+    samples, _ = own.samples()
+    spurious = []
+    for problem in cell.train:
+        texts = [s["text"] for s in samples[problem.id] if s["correct"]]
+        spurious += [count_spurious(problem, text) for text in texts]
+    path = cell.folder / own.name / "unseen.jsonl"
+    unseen = sample(own.policy(), cell.splits["val"][:100], path, cell.c.samples)
+    return dict(
+        right=share(verdicts(samples)),
+        luck=round(float(luck(cell.train, samples)), 4),
+        spurious=share(spurious or [0]),
+        right_unseen=share(verdicts(unseen)),
+    )
+
+
+@torch.no_grad()
+def likelihood(cell, examples):
+    """NLL a token of solutions under the base."""
+    return -token_logps(cell.base.model, [example.sequence for example in examples]).mean().item()
 
 
 def pits(cell, own):
@@ -440,6 +540,15 @@ QUESTIONS = {  # what an arm and another beside it say
     "going on, not from the base": ("pos again", "again from base"),
     "likelihood beside": ("neg, nll 0.3", "neg"),
     "a second round": ("neg2", "neg"),
+    "one own solution, not the teacher's": ("own 1", "one teacher's"),
+    "sixteen, not one": ("own 16", "own 1"),
+    "pits inserted": ("pits in 1", "own 1"),
+    "harmless lines inserted": ("harmless in 1", "own 1"),
+    "unlearned, dose 0.1": ("pits in 0.1, neg", "pits in 0.1"),
+    "unlearned, dose 0.3": ("pits in 0.3, neg", "pits in 0.3"),
+    "unlearned, dose 1": ("pits in 1, neg", "pits in 1"),
+    "by heart: negatives, at equal tokens": ("neg by heart", "again by heart"),
+    "by heart: own positives": ("pos by heart", "sft by heart"),
     "second rounds, at equal tokens": ("neg2", "pos a third time"),
     "where positives stop": ("neg on pos again", "pos a third time"),
     "advantages, not outcomes": ("step pg", "outcome pg"),
@@ -479,7 +588,7 @@ def one_set(cells):
     for question, (arm, other) in QUESTIONS.items():
         if arm in errors and other in errors:
             summary["questions"][question] = with_interval(100 * (errors[other] - errors[arm]))
-    for part in ("pos", "pits"):  # what pos sampled, and its pits against the truth
+    for part in ("pos", "pos by heart", "nll", "pits"):  # `work` says what they are
         if all(part in cell for cell in cells):
             summary[part] = means([cell[part] for cell in cells])
     return summary

@@ -24,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import claim_folder, content_hash, flag, folder_hash, load_problems, provenance
 from data import read_json, write_json
-from evaluate import compare, evaluate
+from evaluate import evaluate
 from rollout import Example, Pair, value_steps, load_policy
 from rollout import progress, sample, solutions_to_value
 from train import LOSSES, TrainFlags, fit, made_by_stage, nll, own_examples, resolve
@@ -332,20 +332,6 @@ def spread(values):
 def spreads(records, keys):
     """{key: spread over seeds} of the numbers that the records have."""
     return {key: spread([r[key] for r in records]) for key in keys if key in records[0]}
-
-
-def against(cells, arm, other):
-    """`compare` an arm with another on the test problems of all seeds; None if no cell has both."""
-    ours = []
-    theirs = []
-    for cell in cells:
-        arms = cell["arms"]
-        if "correct" in arms.get(arm, {}) and "correct" in arms.get(other, {}):
-            ours.append(bits(arms[arm]["correct"]))
-            theirs.append(bits(arms[other]["correct"]))
-    if not ours:
-        return None
-    return compare(np.concatenate(theirs), np.concatenate(ours))
 
 
 # ---------------------------------------------------------------- results

@@ -19,7 +19,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from controls import CORE, Own, one_set, text, train_arm, train_sft
+from controls import CORE, one_set, own_of, text, train_arm, train_sft
 from lab import Cell, LabFlags, arm_rows, publish, share, sweep, verdicts
 
 from data import BASE, Problem, UserError, flag, parse_flags, read_problems, read_rows, split_of
@@ -176,7 +176,7 @@ def work(folder, size, seed, *, files, picked, counts, tries, flags):
     cell = Cell(folder, problems, val, test, limit=size, seed=seed, data="templates.txt", **flags)
     cell.splits["other"] = other
     cell.picked = dict(picked)
-    train_sft(cell, tries)
+    train_sft(cell, tries["base"])
     for name, arm in ARMS.items():
         train_arm(cell, name, arm, tries)
     for name, record in cell.arms.items():
@@ -192,11 +192,11 @@ def work(folder, size, seed, *, files, picked, counts, tries, flags):
 
 def what_pairs_rest_on(cell):
     """How often the policies that are sampled are right, and how sure the pits of pos are."""
-    own = Own(cell, cell.names["pos"], 1)
+    own = own_of(cell, "pos")
     solutions, _ = own.valued()
     path = cell.folder / own.name / "pits.jsonl"
     again = ask_pits_again(own.policy(), cell.by_id, solutions, path, k=3 * cell.c.rollouts)
-    before, _ = Own(cell, cell.names["sft"], 0).samples()
+    before, _ = own_of(cell, "sft").samples()
     after, _ = own.samples()
     return dict(
         generator_right=share(verdicts(before)),
