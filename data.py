@@ -812,24 +812,22 @@ MAX_ANSWER = 300  # characters of an answer that are understood; longer ones are
 
 SIGNS = str.maketrans("‐‒–—−·⋅∙×÷⁄、’~&", "-----****//,' ,")
 TAGS = re.compile(r"</\w+>|<\|\w+\|>|(?<!\w)\*\*|\*\*(?!\w)|`")  # </answer>, <|im_end|>, bold type
-BOXED = re.compile(r"\\(?:boxed|fbox)\b\s*(?=\S)")
+BOXED = re.compile(r"\\(?:boxed|fbox)\b\s*")
 # A line '#### Step 2' or '#### 2. Cost' with text below it is a heading of Markdown.
-HASHES = re.compile(r"(?<!#)#{4,}(?!#|[ \d.)]*[a-z]{3}[^\n]*\n\s*\S)", re.IGNORECASE)
+HASHES = re.compile(r"####(?![ \d.)]*[a-z]{3}.*\n\s*\S)", re.IGNORECASE)
 ANSWER_IS = re.compile(
-    r"<answer>|^A:|\banswers?\b[^\n.:=?!\\#]{0,60}?(?:\b(?:is|are)(?:\b|(?=n't))|[:=])"
-    r"(?!\s+(?:correct|right)\b)",
+    r"<answer>|^A:|\banswers?\b[^\n.:=?!\\#]{0,60}?(?:\bis(?:\b|(?=n't))|[:=])",
     re.IGNORECASE | re.MULTILINE,
 )
-SENTENCE_END = re.compile(r"(?<!\brs)(?<!\bsq)(?<!\\)[.!?](?:\s|$)|[。\n]", re.IGNORECASE)
+SENTENCE_END = re.compile(r"(?<!\brs)(?<!\bsq)[.!?](?:\s|$)|[。\n]", re.IGNORECASE)
 # The last clause decides: '6 times 4, which is 24', 'not 12 but 14', '3 plus 4, so 7'.
 BEFORE_CLAUSE = re.compile(
-    r"^.*(?:\b(?:which|that|it)(?:\s+(?:is|are|makes|gives|equals|means)|'s)\b"
-    r"|[,;]\s*(?:so|thus)\b|(?:\bnot|n't)\b.{0,40}\bbut\b)(?=.*\d)",
+    r"^.*(?:\b(?:which|that|it)(?:\s+[a-z]+|'s)|[,;]\s*so|(?:\bnot|n't)\b.*\bbut)\b(?=.*\d)",
     re.IGNORECASE,
 )
 # What explains an answer is none: '18 because 9 * 2 = 18', '18 (9 * 2 = 18)', '14, not 12'.
 BEHIND_CLAUSE = re.compile(
-    r",?\s+(?:because|since|as|given|where|for (?:all|any)|(?:and )?not|rather|instead)\b"
+    r",?\s+(?:because|since|as|given|where|for (?:all|any)|(?:and )?not|rather than|instead)\b"
     r"|,\s+(?!or\b|and\b)[a-z]+\s+\w|\s\((?=[a-z]{2}|[^()]*=)",
     re.IGNORECASE,
 )
@@ -844,17 +842,18 @@ def extract_answer(text: str | None, bare: bool = True) -> str | None:
     >>> extract_answer(r"It is $\boxed{\frac{1}{2}}$."), extract_answer("9 * 2\n#### 18 eggs. Bye")
     ('\\frac{1}{2}', '18 eggs')
     """
-    text = TAGS.sub("", _plain(text)).strip()
-    marked = False
-    for marker, read in ((BOXED, _in_braces), (HASHES, _clause), (ANSWER_IS, _clause)):
-        for match in reversed(list(marker.finditer(text))[-20:]):  # a text may be nothing but marks
-            marked = True
-            answer = read(text[match.end() :])
-            if answer and "\\boxed" not in answer:  # which is empty, or it had decided
-                return answer
-    if bare and not marked and 0 < len(text) <= MAX_ANSWER and "\n" not in text:
-        return text
-    return None
+    text = _plain(text)
+    answer = _marked(text)
+    if answer is None and bare and len(text) <= MAX_ANSWER and "\n" not in text:
+        answer = text
+    return answer or None
+
+
+def stated_answer(text: str | None) -> str:
+    """What a solution states as its answer, with or without a marker; "" if it states none."""
+    text = _plain(text)
+    answer = _marked(text)
+    return _last_line(text) if answer is None else answer
 
 
 def _plain(text):
@@ -868,10 +867,21 @@ def _plain(text):
     return text.translate(SIGNS).strip()
 
 
+def _marked(text):
+    """What stands behind the last mark that decides; "" if nothing does, None without a mark."""
+    text = TAGS.sub("", text).strip()
+    for marker, read in ((BOXED, _in_braces), (HASHES, _clause), (ANSWER_IS, _clause)):
+        marks = list(marker.finditer(text))[-20:]  # a text may be nothing but marks
+        if marks:
+            answers = [read(text[mark.end() :]) for mark in marks]
+            return next(filter(None, reversed(answers)), "")
+    return None
+
+
 def _in_braces(text):
     r"""What the braces that open a text enclose: '\frac{1}{2}' of '{\frac{1}{2}}$.'; '2' of '2'."""
-    if text[0] != "{":
-        return text[0]
+    if not text.startswith("{"):
+        return text[:1]
     depth = 0
     for i, char in enumerate(text[: MAX_ANSWER + 2]):
         depth += {"{": 1, "}": -1}.get(char, 0)
@@ -882,37 +892,19 @@ def _in_braces(text):
 
 def _clause(text):
     r"""The clause of a sentence that states the answer: '24' of '6 times 4, which is 24. Bye'."""
-    text = text.lstrip(" \n\t:*}")[: MAX_ANSWER + 1]
-    formula = FORMULA.match(text)
-    if formula and formula[0].startswith(("$$", "\\[")):
-        return formula[formula.lastindex]
+    text = re.sub(r"^(?:[\s:*}$]|\\\[)+", "", text[: MAX_ANSWER + 1])
     sentence = SENTENCE_END.split(text, maxsplit=1)[0]
     return BEHIND_CLAUSE.split(BEFORE_CLAUSE.sub("", sentence), maxsplit=1)[0].strip(" \"'_*")
 
 
-def stated_answer(text: str | None) -> str:
-    """What a solution states as its answer, with or without a marker; "" if it states none."""
-    answer = extract_answer(text, bare=False)
-    text = _plain(text)
-    if answer is None and not BOXED.search(text) and not HASHES.search(text):
-        return _last_line(text)
-    return answer or ""  # behind an empty box nothing else is looked for
-
-
-# '$7 + $8 = $15' is money: '$x$' does not end behind a space or before a digit.
-FORMULA = re.compile(
-    r"\$[$ ]\s*([^$]{1,300}?)\s*[$ ]\$|\$(?=\S)((?:\\.|[^$\\\n])+)(?<!\s)\$(?!\d)"
-    r"|\\[(\[]\s*(.{1,300}?)\s*\\[)\]]",
-    re.DOTALL,
-)
 BOLD = re.compile(r"\*\*([-$]*\d[^*\n:]*)\*\*")
-OPEN_SUM = re.compile(r"(?<!\^)(?<!\^\d)[\d)]\s*(?:[-+*]|\s[/x]\s)\s*[$(]*\d+(?!\w|\s*[\\^])")
+# '$7 + $8 = $15' is money: '$x$' does not end behind a space or before a digit.
+FORMULA = re.compile(r"(?:\$|\\[(\[])((?:[^$\\]|\\[^)\]])+?)(?:(?<!\s)\$(?!\d)|\\[)\]])")
+OPEN_SUM = re.compile(r"(?<!\^)[\d)]\s*(?:[-+*]|\s[/x]\s)\s*[$(]*\d+(?!\w|\s*[\\^])")
 CHOICE = re.compile(r"\d\s+(?:or|and)\s+(?:[a-z]\s*=\s*)?-?\d+\W*$")
 PROSE = re.compile(r"(?<![\\{A-Za-z])(?<!\{ )[A-Za-z]{2}.*\s")
 STATED = re.compile(r"-?\$?(?<![\w.^{])\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-SUBJECT = re.compile(
-    r"(?:[^\d:=]{1,40}:)?(?:so|thus|hence|therefore|a total of|[\s,*$-])*\d", re.IGNORECASE
-)
+SUBJECT = re.compile(r"(?:[^\d:=]*:)?\W*(?:(?:so|thus|hence|therefore|a total of)\W+)*\d", re.I)
 
 
 def _last_line(text):
@@ -925,19 +917,15 @@ def _last_line(text):
     """
     lines = [line for line in text.split("\n") if any(map(str.isdigit, line))]
     line = (lines or [text])[-1][-MAX_ANSWER:].strip()
-    emphasised = BOLD.findall(line)
-    if not emphasised:
-        emphasised = [formula[formula.lastindex] for formula in FORMULA.finditer(line)]
+    emphasised = BOLD.findall(line) or FORMULA.findall(line)
     if emphasised:
         line = emphasised[-1]
     side = line.replace("**", "").rpartition("=")[2]
     if OPEN_SUM.search(side):
         return ""
-    if emphasised or CHOICE.search(line) or not PROSE.search(line):
-        return line
     numbers = STATED.findall(side)
-    if not numbers:
-        return ""
+    if emphasised or CHOICE.search(line) or not (numbers and PROSE.search(line)):
+        return line
     return numbers[0] if "=" in line or SUBJECT.match(side) else numbers[-1]
 
 
@@ -1127,7 +1115,9 @@ def _equation(text):
 
 
 # Two rules for words. What may stand before a number: 'a total of 5', but not 'f(5)'.
-BEFORE = re.compile(r"(?:(?:[^\W\d_]{2,}|a)(?![^\W\d_])(?:[\s:,-]|\.\s|'s\b)*)*(?=-?\s?\.?\d|\()")
+BEFORE = re.compile(
+    r"(?:(?:[^\W\d_]{2,}|a)(?![^\W\d_])(?:[\s:]|\.(?!\d)|-(?!\s?\d))*)*(?=-?\s?\.?\d|\()"
+)
 NUMBER = re.compile(r"[-+*/().\d\sπ]*[\d)π]")
 # What may stand behind it as its unit: '5 cm^2', '5 apples in total', but not '5x', '5 - x'.
 UNIT = re.compile(
@@ -1137,7 +1127,7 @@ UNIT = re.compile(
 )
 # And what makes it another number: 'not 5', 'a third of 5', '5 out of ten', '5 squared'.
 NOT_WHOLE = re.compile(
-    r"\b(?:not?|never|than|but|twice|double|triple|between|least|most|plus|minus|squared|cubed"
+    r"\b(?:not?|never|than(?=\W+\d)|but|twice|double|triple|between|least|most|plus|minus|squared|cubed"
     r"|(?:half|third|quarter|square|root|percent|out) of"
     r"|two|three|four|five|six|seven|eight|nine|ten|[a-z]+teen|(?:twen|thir|for|fif)ty)\b"
 )
@@ -1150,8 +1140,7 @@ def _number(text):
     if number:
         unit = text[number.end() :].rstrip()
         if not unit or UNIT.fullmatch(unit):
-            around = text[: number.start()] + unit
-            return None if NOT_WHOLE.search(around) else _compute(number[0])
+            return None if NOT_WHOLE.search(text) else _compute(number[0])
     return _compute(text)
 
 
