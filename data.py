@@ -814,22 +814,19 @@ SIGNS = str.maketrans("‐‒–—−·⋅∙×÷⁄、’~&", "-----****//,' ,
 TAGS = re.compile(r"</\w+>|<\|\w+\|>|(?<!\w)\*\*|\*\*(?!\w)|`")  # </answer>, <|im_end|>, bold type
 BOXED = re.compile(r"\\(?:boxed|fbox)\b\s*")
 # A line '#### Step 2' or '#### 2. Cost' with text below it is a heading of Markdown.
-HASHES = re.compile(r"####(?![ \d.)]*[a-z]{3}.*\n\s*\S)", re.IGNORECASE)
+HASHES = re.compile(r"(?i)####(?![ \d.)]*[a-z]{3}.*\n\s*\S)")
 ANSWER_IS = re.compile(
-    r"<answer>|^A:|\banswers?\b[^\n.:=?!\\#]{0,60}?(?:\bis(?:\b|(?=n't))|[:=])",
-    re.IGNORECASE | re.MULTILINE,
+    r"(?im)<answer>|^A:|\banswers?\b[^\n.:=?!\\#]{0,60}?(?:\bis(?:\b|(?=n't))|[:=])"
 )
-SENTENCE_END = re.compile(r"(?<!\brs)(?<!\bsq)[.!?](?:\s|$)|[。\n]", re.IGNORECASE)
+SENTENCE_END = re.compile(r"(?i)(?<!\brs)(?<!\bsq)[.!?](?:\s|$)|[。\n]")
 # The last clause decides: '6 times 4, which is 24', 'not 12 but 14', '3 plus 4, so 7'.
 BEFORE_CLAUSE = re.compile(
-    r"^.*(?:\b(?:which|that|it)(?:\s+[a-z]+|'s)|[,;]\s*so|(?:\bnot|n't)\b.*\bbut)\b(?=.*\d)",
-    re.IGNORECASE,
+    r"(?i)^.*(?:\b(?:which|that|it)(?:\s+[a-z]+|'s)|[,;]\s*so|(?:\bnot|n't)\b.*\bbut)\b(?=.*\d)"
 )
 # What explains an answer is none: '18 because 9 * 2 = 18', '18 (9 * 2 = 18)', '14, not 12'.
 BEHIND_CLAUSE = re.compile(
-    r",?\s+(?:because|since|as|given|where|for (?:all|any)|(?:and )?not|rather than|instead)\b"
-    r"|,\s+(?!or\b|and\b)[a-z]+\s+\w|\s\((?=[a-z]{2}|[^()]*=)",
-    re.IGNORECASE,
+    r"(?i),?\s+(?:because|since|as|given|where|for all|(?:and )?not|rather than|instead)\b"
+    r"|,\s+(?!or\b|and\b)[a-z]+\s+\w|\s\((?=[a-z]{2}|[^()]*=)"
 )
 
 
@@ -904,7 +901,7 @@ OPEN_SUM = re.compile(r"(?<!\^)[\d)]\s*(?:[-+*]|\s[/x]\s)\s*[$(]*\d+(?!\w|\s*[\\
 CHOICE = re.compile(r"\d\s+(?:or|and)\s+(?:[a-z]\s*=\s*)?-?\d+\W*$")
 PROSE = re.compile(r"(?<![\\{A-Za-z])(?<!\{ )[A-Za-z]{2}.*\s")
 STATED = re.compile(r"-?\$?(?<![\w.^{])\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-SUBJECT = re.compile(r"(?:[^\d:=]*:)?\W*(?:(?:so|thus|hence|therefore|a total of)\W+)*\d", re.I)
+SUBJECT = re.compile(r"(?i)(?:[^\d:=]*:)?\W*(?:(?:so|thus|hence|therefore|a total of)\W+)*\d")
 
 
 def _last_line(text):
@@ -945,42 +942,32 @@ def is_correct(response: str | None, gold: str | None) -> bool:
 # The second step: rewrite it
 
 COMMANDS = {  # LaTeX's words for signs; of those that only change the looks nothing stays
-    **{"left": "", "right": "", "big": "", "bigl": "", "bigr": "", "displaystyle": "", "quad": ""},
-    **{"dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac", "times": "*", "cdot": "*"},
-    **{"div": "/", "pm": "±", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "approx": "≈"},
-    **{"cup": "∪", "in": "=", "infty": "∞", "circ": "°", "degree": "°", "pounds": "", "angle": ""},
-    **{"pi": "π", "theta": "θ", "alpha": "α", "beta": "β", "gamma": "γ", "lambda": "λ", "phi": "φ"},
+    **{"left": "", "right": "", "displaystyle": "", "dfrac": r"\frac", "tfrac": r"\frac"},
+    **{"times": "*", "cdot": "*", "div": "/", "pm": "±", "cup": "∪", "in": "=", "approx": "≈"},
+    **{"le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "infty": "∞", "circ": "°", "pi": "π"},
 }
-MAGNITUDES = {
-    **{"k": 10**3, "K": 10**3, "thousand": 10**3, "M": 10**6, "million": 10**6, "bn": 10**9},
-    **{"billion": 10**9, "dozen": 12, "hundred": 100, "lakh": 10**5, "crore": 10**7},
-}
+POWERS = {"k": 3, "K": 3, "thousand": 3, "lakh": 5, "M": 6, "million": 6, "crore": 7, "billion": 9}
 REWRITES = [  # pattern, replacement, in this order
     (r"\\([A-Za-z]+)\s*", lambda match: COMMANDS.get(match[1], match[0])),
-    (r"\\(?:text\w*|mbox|math\w\w|boldsymbol|underline)\s*\{([^{}]*)\}", r" \1 "),
-    # A matrix is a list of rows: [[1,2],[3,4]].
-    (r"[(\[]?\s*\\begin\s*\{(?:array|matrix)\}(?:\s*\{\w*\})?|\\begin\s*\{\wmatrix\}", "[["),
-    (r"(?:\],\[)?\s*(?:\\end\s*\{(?:array|matrix)\}\s*[)\]]?|\\end\s*\{\wmatrix\})", "]]"),
+    (r"\\(?:text\w*|mbox|math\w\w)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\\begin\s*\{\wmatrix\}", "[["),  # a matrix is a list of rows: [[1,2],[3,4]]
+    (r"(?:\],\[)?\s*\\end\s*\{\wmatrix\}", "]]"),
     (r"\\[!,;: ]\s*|\\[()\[\]{}]", ""),  # spaces; \( \) around a formula, \{ \} around a set
     (r"\^?\s*\{?\s*°\s*\}?(?:\s*[CF]\b)?", " "),
     (r"\\?[$%]|[¢-¥₠-⃏]", " "),
     (r"(?<=[\d})])\s*≈.*", ""),  # 2/3 \approx 0.67 is 2/3, but x \approx 0.67 is 0.67
     # From here on English.
     (r"\b(\d+)\s+[\d.]+-[a-z]", r"\1 "),  # 3 30-minute episodes
-    (r"(\d):00\b(?!:)", r"\1"),  # 2:00 pm
-    (r"\b(?:minus|negative)\s+(?=[\d.\\])", "-"),
+    (r"(\d):00\b", r"\1"),  # 2:00 pm
     (r"(?<=\d)\s+x\s+(?=[\d.])", "*"),  # 9 x 2
     (r"(?<![\\A-Za-z])pi\b", "π"),
     (r"(?:√|(?<![\\A-Za-z])sqrt)\s*\(?(\d+)\)?", r"\\sqrt{\1}"),
-    (
-        rf"(?<=\d)\s*({'|'.join(MAGNITUDES)})s?\b(?!\s*[-+*/^(])",
-        lambda match: f"*{MAGNITUDES[match[1]]}",
-    ),
-    (r"\b(?:either|both)\s|\s(?:or|and)\b", ","),
+    (rf"(?<=\d)\s*({'|'.join(POWERS)})s?\b", lambda match: f"*10**{POWERS[match[1]]}"),
+    (r"\s(?:or|and)\b", ","),
     (r"_\{(\w+)\}", r"_\1"),
     # Mixed numbers: 3\frac{1}{2}, 3\frac12, 3 1/2.
     (r"(?<![\d.^{])(\d+)\s*(\\frac(?:\d\d|\{\d+\}\{\d+\}))", r"(\1+\2)"),
-    (r"(?<![\d./^])(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)", r"(\1+\2/\3)"),
+    (r"(?<![\d./^])(\d+)\s+(\d+)\s*/\s*(\d+)", r"(\1+\2/\3)"),
 ]
 ARGUMENT = r"\s*(?:\{([^{}]*)\}|(\w))"
 NESTED = [  # from inside out, as often as they apply
@@ -1008,7 +995,7 @@ def _rewrite(text):
             text = re.sub(pattern, new, text)
     for sign, new in {"^": "**", "{": "(", "}": ")", "≈": "=", "<=": "≤", ">=": "≥"}.items():
         text = text.replace(sign, new)
-    return text.lstrip(" ,:\n").rstrip(" .,:;\n").lower()
+    return text.lstrip(" ,:").rstrip(" .,:;").lower()
 
 
 # The third step: compare
@@ -1088,10 +1075,11 @@ def _same_elements(left, right, ordered):
     """Whether two short lists have equal elements, in this order or in any."""
     if len(left) != len(right) or len(left) > 20:
         return False
+    if ordered:
+        return all(map(_same, left, right))
     right = list(right)
     for element in left:
-        candidates = right[:1] if ordered else right
-        match = next((other for other in candidates if _same(element, other)), None)
+        match = next((other for other in right if _same(element, other)), None)
         if match is None:
             return False
         right.remove(match)
@@ -1099,7 +1087,7 @@ def _same_elements(left, right, ordered):
 
 
 def _equation(text):
-    """The name before a '=', if any, and what is stated: 5 in 'x = 5', '2 + 3 = 5', '5 = x'.
+    """The name before a '=', if any, and what is stated: 5 in 'x = 5' and '2 + 3 = 5'.
 
     Of 'x + y = 1', which neither names nor computes anything, both sides are.
     """
@@ -1108,43 +1096,36 @@ def _equation(text):
         return "", sides
     if NAME.fullmatch(sides[0]):
         return sides[0], sides[-1:]
-    if NAME.fullmatch(sides[-1]):
-        return sides[-1], sides[:1]
     algebra = "\\" in sides[0] or isinstance(_compute(sides[0]), complex)
     return "", sides if algebra else sides[-1:]
 
 
 # Two rules for words. What may stand before a number: 'a total of 5', but not 'f(5)'.
-BEFORE = re.compile(
-    r"(?:(?:[^\W\d_]{2,}|a)(?![^\W\d_])(?:[\s:]|\.(?!\d)|-(?!\s?\d))*)*(?=-?\s?\.?\d|\()"
-)
-NUMBER = re.compile(r"[-+*/().\d\sπ]*[\d)π]")
+BEFORE = r"(?:(?:[^\W\d_]{2,}|a)(?![^\W\d_])(?:[\s:]|\.(?!\d)|-(?!\s?\d))*)*"
 # What may stand behind it as its unit: '5 cm^2', '5 apples in total', but not '5x', '5 - x'.
-UNIT = re.compile(
+UNIT = (
     r"\s*/?\s*(?![abcxyz]{3}\b)(?:[^\W\d_α-ω]{3,}|[^\x00-\x7f\W\d_α-ω]+|[mgl]\b|a(?=\s)|[ap]\.?m\b"
-    r"|(?:[ckm]m|[km]g|ml|ft|in|lbs?|oz|mi|hr|sq|tv)\b)"
+    r"|(?:[ckm]m|[km]g|ml|ft|in|of|lbs?|oz|mi|hr|sq|tv)\b)"
     r"(?:[\s.,/'-]+[^\W\d_]+)*\s*(?:\*\*\s?\(?\d\)?)?"
 )
+QUANTITY = re.compile(rf"{BEFORE}((?=-?\s?\.?\d|[(π])[-+*/().\d\sπ]*[\d)π])(?:{UNIT})?\s*")
 # And what makes it another number: 'not 5', 'a third of 5', '5 out of ten', '5 squared'.
 NOT_WHOLE = re.compile(
-    r"\b(?:not?|never|than(?=\W+\d)|but|twice|double|triple|between|least|most|plus|minus|squared|cubed"
-    r"|(?:half|third|quarter|square|root|percent|out) of"
-    r"|two|three|four|five|six|seven|eight|nine|ten|[a-z]+teen|(?:twen|thir|for|fif)ty)\b"
+    r"\b(?:not?|never|than(?=\W+\d)|but|twice|double|triple|between|least|most|plus|minus|negative"
+    r"|squared|cubed|(?:half|third|quarter|square|root|percent|out) of"
+    r"|hundred|dozens?|[a-z]+illion|two|three|four|five|six|seven|eight|nine|ten|[a-z]+teen|(?:twen|thir|for|fif)ty)\b"
 )
 
 
 def _number(text):
     """The value of a number between words, or of arithmetic; None if it is neither."""
-    words = BEFORE.match(text)
-    number = NUMBER.match(text, words.end() if words else 0)
-    if number:
-        unit = text[number.end() :].rstrip()
-        if not unit or UNIT.fullmatch(unit):
-            return None if NOT_WHOLE.search(text) else _compute(number[0])
-    return _compute(text)
+    if NOT_WHOLE.search(text):
+        return None
+    quantity = QUANTITY.fullmatch(text)
+    return _compute(quantity[1] if quantity else text)
 
 
-TOKEN = re.compile(r"\d+\.?\d*(?:e[-+]?\d+)?|\.\d+|[a-zα-ω](?:_\w+)?|\*\*|\S")
+OMITTED_TIMES = re.compile(r"([a-zα-ω](?:_\w+)?|\))\s*(?=[\w(.])|(\d\.?)\s*(?=[a-zα-ω(])")
 CONSTANTS = {"π": cmath.pi, "i": 1j}
 
 
@@ -1152,14 +1133,9 @@ def _compute(text):
     """The value of a text that is arithmetic with letters, read by Python's parser; else None."""
     if re.search(r"^[a-z\s]*$|[a-z]{4,}|\d\s+[\d.]|\d_|#", text):
         return None  # words, two numbers, another base, a comment of Python
-    product = ""
-    for token in TOKEN.findall(text):
-        after_operand = product[-1:].isalnum() or product.endswith((")", "."))
-        if after_operand and (token[0].isalnum() or token[0] in "(."):
-            product += "*"  # mathematics leaves it out
-        product += token
+    text = OMITTED_TIMES.sub(r"\1\2*", text.strip())
     try:
-        value = _walk(ast.parse(product, mode="eval").body)
+        value = _walk(ast.parse(text, mode="eval").body)
         return value if cmath.isfinite(value) else None
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return None
@@ -1188,12 +1164,10 @@ def _walk(node):
 
 def _power(base, exponent):
     """Exact only while that is cheap: 9^{999999999} must not take minutes."""
-    size = 0
-    if isinstance(base, Fraction):
-        size = max(abs(base.numerator), base.denominator).bit_length()
-    if abs(exponent) * size > 4096:
-        return complex(base) ** complex(exponent)
-    return base**exponent
+    if isinstance(base, Fraction) and isinstance(exponent, Fraction):
+        if abs(exponent) * max(abs(base.numerator), base.denominator).bit_length() < 4096:
+            return base**exponent
+    return complex(base) ** complex(exponent)
 
 
 OPERATORS = {
