@@ -818,7 +818,7 @@ HASHES = re.compile(r"(?i)####(?![ \d.)]*[a-z]{3}.*\n\s*\S)")
 ANSWER_IS = re.compile(
     r"(?im)<answer>|^A:|\banswers?\b[^\n.:=?!\\#]{0,60}?(?:\bis(?:\b|(?=n't))|[:=])"
 )
-SENTENCE_END = re.compile(r"(?i)(?<!\brs)(?<!\bsq)[.!?](?:\s|$)|[。\n]")
+SENTENCE_END = re.compile(r"(?i)(?<!\brs)(?<!\bsq)(?<!\\)[.!?](?:\s|$)|[。\n]")
 # The last clause decides: '6 times 4, which is 24', 'not 12 but 14', '3 plus 4, so 7'.
 BEFORE_CLAUSE = re.compile(
     r"(?i)^.*(?:\b(?:which|that|it)(?:\s+[a-z]+|'s)|[,;]\s*so|(?:\bnot|n't)\b.*\bbut)\b(?=.*\d)"
@@ -1092,9 +1092,7 @@ def _equation(text):
     Of 'x + y = 1', which neither names nor computes anything, both sides are.
     """
     sides = [side.strip() for side in text.split("=")]
-    if len(sides) == 1:
-        return "", sides
-    if NAME.fullmatch(sides[0]):
+    if len(sides) > 1 and NAME.fullmatch(sides[0]):
         return sides[0], sides[-1:]
     algebra = "\\" in sides[0] or isinstance(_compute(sides[0]), complex)
     return "", sides if algebra else sides[-1:]
@@ -1112,8 +1110,8 @@ QUANTITY = re.compile(rf"{BEFORE}((?=-?\s?\.?\d|[(π])[-+*/().\d\sπ]*[\d)π])(?
 # And what makes it another number: 'not 5', 'a third of 5', '5 out of ten', '5 squared'.
 NOT_WHOLE = re.compile(
     r"\b(?:not?|never|than(?=\W+\d)|but|twice|double|triple|between|least|most|plus|minus|negative"
-    r"|squared|cubed|(?:half|third|quarter|square|root|percent|out) of"
-    r"|hundred|dozens?|[a-z]+illion|two|three|four|five|six|seven|eight|nine|ten|[a-z]+teen|(?:twen|thir|for|fif)ty)\b"
+    r"|squared|cubed|(?:half|third|quarter|square|root|percent|out) of|hundred|dozens?|[a-z]+illion"
+    r"|two|three|four|five|six|seven|eight|nine|ten|[a-z]+teen|(?:twen|thir|for|fif)ty)\b"
 )
 
 
