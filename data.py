@@ -920,9 +920,9 @@ def _last_line(text):
     side = line.replace("**", "").rpartition("=")[2]
     if OPEN_SUM.search(side):
         return ""
-    numbers = STATED.findall(side)
-    if emphasised or CHOICE.search(line) or not (numbers and PROSE.search(line)):
+    if emphasised or CHOICE.search(line) or not PROSE.search(line):
         return line
+    numbers = STATED.findall(side) or [""]
     return numbers[0] if "=" in line or SUBJECT.match(side) else numbers[-1]
 
 
@@ -946,6 +946,7 @@ COMMANDS = {  # LaTeX's words for signs; of those that only change the looks not
     **{"times": "*", "cdot": "*", "div": "/", "pm": "±", "cup": "∪", "in": "=", "approx": "≈"},
     **{"le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "infty": "∞", "circ": "°", "pi": "π"},
 }
+# '5k' is 5*10**3. Magnitudes that do not stand here are in NOT_WHOLE: '5 dozen' is no number.
 POWERS = {"k": 3, "K": 3, "thousand": 3, "lakh": 5, "M": 6, "million": 6, "crore": 7, "billion": 9}
 REWRITES = [  # pattern, replacement, in this order
     (r"\\([A-Za-z]+)\s*", lambda match: COMMANDS.get(match[1], match[0])),
@@ -1123,6 +1124,7 @@ def _number(text):
     return _compute(quantity[1] if quantity else text)
 
 
+# '2x(y + 1)' is 2*x*(y + 1): between an operand and the next mathematics leaves the sign out.
 OMITTED_TIMES = re.compile(r"([a-zα-ω](?:_\w+)?|\))\s*(?=[\w(.])|(\d\.?)\s*(?=[a-zα-ω(])")
 CONSTANTS = {"π": cmath.pi, "i": 1j}
 
