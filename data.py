@@ -816,7 +816,7 @@ BOXED = re.compile(r"\\(?:boxed|fbox)\b\s*")
 # A line '#### Step 2' or '#### 2. Cost' with text below it is a heading of Markdown.
 HASHES = re.compile(r"(?i)####(?![ \d.)]*[a-z]{3}.*\n\s*\S)")
 ANSWER_IS = re.compile(
-    r"(?im)<answer>|^A:|\banswers?\b[^\n.:=?!\\#]{0,60}?(?:\bis(?:\b|(?=n't))|[:=])"
+    r"(?im)<answer>|^A:|\banswers?\b[^\n.:=?!\\#]{0,60}?(?:\b(?:is|are)(?:\b|(?=n't))|[:=])"
 )
 SENTENCE_END = re.compile(r"(?i)(?<!\brs)(?<!\bsq)(?<!\\)[.!?](?:\s|$)|[。\n]")
 # The last clause decides: '6 times 4, which is 24', 'not 12 but 14', '3 plus 4, so 7'.
