@@ -1111,7 +1111,7 @@ QUANTITY = re.compile(rf"{BEFORE}((?=-?\s?\.?\d|[(π])[-+*/().\d\sπ]*[\d)π])(?
 # And what makes it another number: 'not 5', 'a third of 5', '5 out of ten', '5 squared'.
 NOT_WHOLE = re.compile(
     r"\b(?:not?|never|than(?=\W+\d)|but|twice|double|triple|between|least|most|plus|minus|negative"
-    r"|squared|cubed|(?:half|third|quarter|square|root|percent|out) of|hundred|dozens?|[a-z]+illion"
+    r"|squared|cubed|grand|(?:half|third|quarter|square|root|percent|out) of|hundred|dozens?|[a-z]+illion"
     r"|two|three|four|five|six|seven|eight|nine|ten|[a-z]+teen|(?:twen|thir|for|fif)ty)\b"
 )
 
