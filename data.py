@@ -33,6 +33,7 @@ from fractions import Fraction
 from functools import cache, wraps
 from importlib.metadata import version
 from itertools import accumulate, chain, pairwise
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ class UserError(ValueError):
 QUESTION_KEYS = ("question", "problem", "prompt", "query")
 SOLUTION_KEYS = ("solution", "response", "output")
 ANNOTATION = re.compile(r"<<[^<>\n]*>>")
-NO_ANSWER = re.compile(r"proof|not ?found|nan|none|null|n/?a|\\(?:boxed|text)\s*\{\s*\}", re.I)
+NO_ANSWER = re.compile(r"proof|not ?found|nan|none|null|n/?a|\\text\s*\{\s*\}", re.I)
 EMPTY_BOX = re.compile(r"\\boxed\s*\{\s*\}")
 
 
@@ -66,7 +67,7 @@ class Problem:
     solution: str  # "" if only the answer is known
     answer: str  # the bare gold answer: "18", "\frac{3}{4}"
     style: str = "lines"  # how its solutions are cut into steps, a key of STEP_STARTS
-    meta: dict | None = None  # of the built-in task: {"start": 5, "events": [(sign, number), ...]}
+    meta: dict | None = None  # of the built-in task: {"start": 5, "events": [[sign, number], ...]}
 
 
 def read_problems(path, limit: int | None = None) -> list[Problem]:
@@ -88,33 +89,34 @@ def read_problems(path, limit: int | None = None) -> list[Problem]:
     ("proof", "NaN"), which are left out, and the solutions that state another answer than their
     gold one, which nobody should imitate.
     """
-    problems = {}
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    problems = []
     no_answer = []
     no_solution = []
     numbers = {}  # of ids, for unused_id
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file):
-                if limit is not None and len(problems) >= limit:
-                    break
-                if not line.strip():
-                    continue
-                problem = parse_problem(line, number, f"{path}:{number + 1}")
-                if NO_ANSWER.fullmatch(problem.answer.strip()):
-                    no_answer.append(number + 1)
-                    continue
-                if contradicts(problem):
-                    problem.solution = ""
-                    no_solution.append(number + 1)
-                problem.id = unused_id(problem.id, numbers)
-                problems[problem.id] = problem
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+    for number, line in enumerate(lines):
+        if limit is not None and len(problems) >= limit:
+            break
+        if not line.strip():
+            continue
+        problem = parse_problem(line, number, f"{path}:{number + 1}")
+        if NO_ANSWER.fullmatch(problem.answer):
+            no_answer.append(number + 1)
+            continue
+        stated = extract_answer(problem.solution, bare=False)
+        if stated and not is_correct(problem.solution, problem.answer):
+            problem.solution = ""
+            no_solution.append(number + 1)
+        problem.id = unused_id(problem.id, numbers)
+        problems.append(problem)
     note_left_out(path, no_answer, "problems", "their answer is none")
     note_left_out(path, no_solution, "solutions", "they state another answer than their row")
     if not problems:
         raise UserError(f"{path}: no problems in this file")
-    return list(problems.values())
+    return problems
 
 
 def note_left_out(path, lines: list[int], what: str, why: str):
@@ -123,55 +125,35 @@ def note_left_out(path, lines: list[int], what: str, why: str):
 
 
 def parse_problem(line: bytes, number: int, where: str) -> Problem:
-    """A line of a problem file, read as read_problems says. The answer may be none."""
+    """A line of a problem file, read as read_problems says. "none" stands for no answer."""
     row = parse_object(line, where)
-    question = first_text(row, QUESTION_KEYS)
-    solution, gold = solution_and_gold(row)
+    questions = texts_of(row, QUESTION_KEYS)
+    solutions = texts_of(row, SOLUTION_KEYS)
+    answer = text_of(row.get("answer"))
+    gold = extract_answer(answer)
+    solution = (solutions or [""])[0]
+    for text in [*solutions, answer]:
+        marked = extract_answer(text, bare=False)
+        if marked and (not gold or is_correct(marked, gold)):
+            gold = gold or marked
+            solution = text
+            break
+    if not gold and EMPTY_BOX.search(solution + answer):
+        gold = "none"
     answer_keys = f"an answer is looked for under {', '.join(('answer', *SOLUTION_KEYS))}"
-    if not question:
+    if not questions:
         keys = ", ".join(QUESTION_KEYS)
         raise UserError(f"{where}: no question, a text under {keys}; {answer_keys}")
     if not gold or not is_correct(gold, gold):
         raise UserError(f"{where}: no gold answer that a solution could match; {answer_keys}")
-    style = "math" if "\\boxed" in solution else "lines"
-    if text_of(row.get("style")) in STEP_STARTS:
-        style = row["style"]
+    style = row.get("style")
+    if style not in list(STEP_STARTS):
+        style = "math" if "\\boxed" in solution else "lines"
+    meta = row.get("meta")
+    if not isinstance(meta, dict) or meta.keys() != {"start", "events"}:
+        meta = None  # of somebody else
     name = text_of(row.get("id")) or str(number)
-    solution = ANNOTATION.sub("", solution)
-    return Problem(name, question, solution, gold, style, parse_meta(row.get("meta")))
-
-
-def solution_and_gold(row: dict) -> tuple[str, str | None]:
-    """The solution of a row, "" if it has none, and its gold answer; "none" says that there can be
-    no answer."""
-    answer = text_of(row.get("answer"))
-    gold = extract_answer(answer)
-    solution = first_text(row, SOLUTION_KEYS)
-    for text in [row.get(key) for key in SOLUTION_KEYS] + [answer]:
-        marked = extract_answer(text_of(text), bare=False)
-        if marked and (not gold or is_correct(marked, gold)):
-            solution = text
-            break
-    if not answer:
-        gold = extract_answer(solution, bare=False)
-    if not gold and (NO_ANSWER.fullmatch(answer) or EMPTY_BOX.search(solution)):
-        gold = "none"
-    return solution, gold
-
-
-def contradicts(problem: Problem) -> bool:
-    """Whether a solution marks another answer than the gold one."""
-    marked = extract_answer(problem.solution, bare=False)
-    return marked is not None and not is_correct(problem.solution, problem.answer)
-
-
-def parse_meta(meta) -> dict | None:
-    """`meta` of a problem of the built-in task, as it was before JSON; None for anything else."""
-    try:
-        events = [(int(sign), int(n)) for sign, n in meta["events"]]
-        return dict(start=int(meta["start"]), events=events)
-    except (TypeError, KeyError, ValueError, OverflowError):
-        return None
+    return Problem(name, questions[0], ANNOTATION.sub("", solution), gold, style, meta)
 
 
 def parse_object(line: bytes, where: str) -> dict:
@@ -188,18 +170,16 @@ def parse_object(line: bytes, where: str) -> dict:
     return row
 
 
-def first_text(row: dict, keys) -> str:
-    """The first value that is a text with something in it; "" if there is none."""
-    texts = [row.get(key) for key in keys]
-    return next((text for text in texts if isinstance(text, str) and text.strip()), "")
+def texts_of(row: dict, keys) -> list[str]:
+    """The values of these keys that are texts with something in them."""
+    values = [row.get(key) for key in keys]
+    return [value for value in values if isinstance(value, str) and value.strip()]
 
 
 def text_of(value) -> str:
     """A text, or a number as text; "" for anything else."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, str):
-        return value.strip()
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value).strip()
     return ""
 
 
@@ -260,27 +240,32 @@ def read_rows(path, keys: dict[str, type] | None = None) -> list[dict]:
     keys = keys or {"id": str}
     if not path.exists():
         return []
+    *lines, last = path.read_bytes().split(b"\n")  # not splitlines, which also splits at \r
+    whole = parse_json(last) is not None  # then only its newline is missing
+    if whole:
+        lines.append(last)
     rows = []
-    lines = path.read_bytes().split(b"\n")  # not splitlines, which also splits at \r
     for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        whole = isinstance(row, dict)
-        whole = whole and all(isinstance(row.get(key), kind) for key, kind in keys.items())
-        if whole:
-            rows.append(row)
-        elif row is not None or number < len(lines):
+        row = parse_json(line)
+        known = isinstance(row, dict)
+        if not known or not all(isinstance(row.get(key), kind) for key, kind in keys.items()):
             raise UserError(f"{path}:{number}: not a JSON object with {', '.join(keys)}")
-    if lines[-1] and RANK == 0:
-        with open(path, "r+b") as file:
-            if whole:  # only its newline is missing
-                file.seek(0, os.SEEK_END)
+        rows.append(row)
+    if last and RANK == 0:
+        if whole:
+            with open(path, "ab") as file:
                 file.write(b"\n")
-            else:
-                file.truncate(path.stat().st_size - len(lines[-1]))
+        else:
+            os.truncate(path, path.stat().st_size - len(last))
     return rows
+
+
+def parse_json(text):
+    """The value of a JSON text; None if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 @rank_zero_only
@@ -329,67 +314,45 @@ def read_json(path) -> dict:
 BASE = Path(__file__).parent / "experiments" / "base"  # where the built-in task starts
 POLICY_FILE = "policy.json"  # of a trained model: what it was trained with
 POLICY_KEYS = ("prompt", "max_new_tokens", "temperature", "spurious", "steps", "distractors")
+DEFAULTS = [  # flag, default for the built-in task, for a JSONL file
+    ("model", str(BASE), ""),
+    ("prompt", "{question}\n", DEFAULT_PROMPT),
+    ("limit", 200, 0),
+    ("test_limit", 1000, 0),
+    ("max_new_tokens", 64, 256),
+    ("samples", 16, 8),
+    ("temperature", 0.7, 0.7),
+    ("negatives", 4, 4),
+    ("rollouts", 8, 5),
+    ("batch", 32, 32),
+    ("lr", 5e-4, 2e-5),
+    ("again_lr", 1e-4, 4e-6),
+    ("neg_lr", 3e-5, 1e-6),
+    ("sft_epochs", 7.0, 3.0),
+    ("generator_epochs", 7.0, 2.0),
+    ("pos_epochs", 7.0, 3.0),
+    ("again_epochs", 2.0, 2.0),
+    ("neg_epochs", 3.0, 1.0),
+    ("eval_samples", 8, 0),
+    ("held_out", 200, 50),
+]
 PRESETS = {
-    "arithmetic": dict(
-        model=str(BASE),
-        prompt="{question}\n",
-        spurious=0.2,
-        steps=4,
-        distractors=2,
-        limit=200,
-        test_limit=1000,
-        max_new_tokens=64,
-        samples=16,
-        temperature=0.7,
-        negatives=4,
-        rollouts=8,
-        batch=32,
-        lr=5e-4,
-        again_lr=1e-4,
-        neg_lr=3e-5,
-        sft_epochs=7.0,
-        generator_epochs=7.0,
-        pos_epochs=7.0,
-        again_epochs=2.0,
-        neg_epochs=3.0,
-        eval_samples=8,
-        held_out=200,
-    ),
-    "jsonl": dict(
-        model="",
-        prompt=DEFAULT_PROMPT,
-        limit=0,
-        test_limit=0,
-        max_new_tokens=256,
-        samples=8,
-        temperature=0.7,
-        negatives=4,
-        rollouts=5,
-        batch=32,
-        lr=2e-5,
-        again_lr=4e-6,
-        neg_lr=1e-6,
-        sft_epochs=3.0,
-        generator_epochs=2.0,
-        pos_epochs=3.0,
-        again_epochs=2.0,
-        neg_epochs=1.0,
-        eval_samples=0,
-        held_out=50,
-    ),
+    "arithmetic": {name: value for name, value, _ in DEFAULTS},
+    "jsonl": {name: value for name, _, value in DEFAULTS},
 }
+PRESETS["arithmetic"] |= dict(spurious=0.2, steps=4, distractors=2)
 
 
-def flag(default, help, *, group="", least=None, most=None, choices=None, stage="sft"):
+def flag(default, help, *, group="", least=-inf, most=inf, choices=None, stage="sft"):
     """A field of a configuration, and its flag: `beta: float = flag(0.3, "of Eq. 1", least=0)`.
 
     default: None stands for the model's own value or the one in PRESETS; the field is then
-    annotated `int | None`. group: the heading in --help from this flag on. least, most: the range,
-    both included. stage: the first stage of a run whose results it decides, see claim_folder; ""
-    for a flag that may always change.
+    annotated `int | None`. group: the heading in --help from this flag on. least, most: the range
+    of a number, both included. stage: the first stage of a run whose results it decides, see
+    claim_folder; "" for a flag that may always change.
     """
-    metadata = dict(help=help, group=group, least=least, most=most)
-    metadata |= dict(choices=choices and list(choices), stage=stage)
+    choices = choices and list(choices)
+    metadata = dict(help=help, group=group, least=least, most=most, choices=choices, stage=stage)
     return field(default=default, metadata=metadata)
 
 
@@ -446,43 +409,27 @@ def flag_help(item) -> str:
 
 def check_ranges(config):
     """A UserError for a number outside the range of its flag."""
-    values = asdict(config)
     for item in fields(config):
-        value = values[item.name]
-        least = item.metadata["least"]
-        most = item.metadata["most"]
-        if value is None or least is None:
+        value = getattr(config, item.name)
+        if not isinstance(value, int | float):
             continue
-        if isinstance(value, str):
-            raise UserError(f"{flag_name(item)} {value!r} is no number")
-        if not value >= least:  # NaN is not >= anything
-            raise UserError(f"{flag_name(item)} {value} is less than {least}")
-        if most is not None and not value <= most:
-            raise UserError(f"{flag_name(item)} {value} is more than {most}")
+        if not value >= item.metadata["least"]:  # NaN is not >= anything
+            raise UserError(f"{flag_name(item)} {value} is less than {item.metadata['least']}")
+        if value > item.metadata["most"]:
+            raise UserError(f"{flag_name(item)} {value} is more than {item.metadata['most']}")
 
 
-def default_values(config) -> dict:
-    """What each field is when its flag is not given: what the model was trained with, as its folder
-    says, else the default of the task."""
+def apply_presets(config):
+    """The configuration with the fields that are None filled in: by what the model was trained
+    with, as its folder says, else by the default of the task."""
     given = asdict(config)
-    task = "arithmetic" if given.get("data") == "arithmetic" else "jsonl"
-    presets = PRESETS[task]
+    presets = PRESETS["arithmetic" if given.get("data") == "arithmetic" else "jsonl"]
     model = given.get("model") or presets["model"]
     if model:
         known = read_json(Path(model) / POLICY_FILE)
         presets = presets | {name: known[name] for name in POLICY_KEYS if name in known}
-    defaults = {item.name: item.default for item in fields(config)}
-    for name, value in defaults.items():
-        if value is None:
-            defaults[name] = presets.get(name)
-    return defaults
-
-
-def apply_presets(config):
-    """The configuration with the fields that are None filled in."""
-    defaults = default_values(config)
-    missing = [name for name, value in asdict(config).items() if value is None]
-    config = replace(config, **{name: defaults[name] for name in missing})
+    missing = {name: value for name, value in presets.items() if given.get(name, value) is None}
+    config = replace(config, **missing)
     check_ranges(config)
     return config
 
@@ -520,14 +467,16 @@ def claim_folder(config, path, in_the_way, **contents):
     path = Path(path)
     lock_folder(path.parent)
     stored = read_json(path)
-    values = asdict(config) | {name: value for name, (_, value) in contents.items()}
-    here = provenance() | dict(device=values.get("device"))
-    if not stored:
-        write_json(path, values | here)
-        return
+    values = asdict(config)
     stages = {item.name: item.metadata["stage"] for item in fields(config)}
-    stages |= {name: stage for name, (stage, _) in contents.items()}
-    begun = default_values(config) | stored
+    for name, (stage, value) in contents.items():
+        values[name] = value
+        stages[name] = stage
+    begun = values
+    if stored:
+        kept = ("model", "data")
+        own = {item.name: item.default for item in fields(config) if item.name not in kept}
+        begun = asdict(apply_presets(replace(config, **own))) | stored
     for name, value in values.items():
         files = in_the_way.get(stages[name])
         if files and begun.get(name) != value:
@@ -535,7 +484,8 @@ def claim_folder(config, path, in_the_way, **contents):
                 f"{path}: this run was begun with {name}={begun.get(name)!r}, not {value!r}; "
                 f"delete {', '.join(map(str, files))}, or choose another --out"
             )
-    first = {key: stored.get(key) for key in here}
+    here = provenance() | dict(device=values.get("device"))
+    first = {key: (stored or here).get(key) for key in here}
     later = stored.get("later", [])
     if here not in [first, *later]:
         later = [*later, here]
@@ -1424,7 +1374,8 @@ def arithmetic_problem(rng, split: str, steps: int, distractors: int) -> Problem
     while True:  # one question in ten is of the split test, so about twelve times for that
         start = rng.randint(0, LARGEST)
         signs = [rng.choice((-1, 1)) for _ in range(steps)] + [0] * distractors
-        events = list(zip(signs, different_numbers(rng, len(signs)), strict=True))
+        numbers = different_numbers(rng, len(signs))
+        events = [[sign, n] for sign, n in zip(signs, numbers, strict=True)]
         lowest = start - sum(n for sign, n in events if sign < 0)
         highest = start + sum(n for sign, n in events if sign > 0)
         if lowest < 0 or highest > LARGEST:
