@@ -218,6 +218,9 @@ def printable(text: str) -> str:
 
 # --- Run folders: files that survive a crash -----------------------------------------------------
 
+# Rows are appended to JSONL files, and what is there is never made again. Other files are written
+# under a temporary name and renamed. Under torchrun all processes read and rank 0 writes.
+
 
 def rank_zero_only(function):
     """Run on rank 0 only: all processes of torchrun call `function`, one of them writes."""
@@ -244,13 +247,11 @@ def read_rows(path, keys: dict[str, type] | None = None) -> list[dict]:
     whole = parse_json(last) is not None  # then only its newline is missing
     if whole:
         lines.append(last)
-    rows = []
-    for number, line in enumerate(lines, 1):
-        row = parse_json(line)
-        known = isinstance(row, dict)
-        if not known or not all(isinstance(row.get(key), kind) for key, kind in keys.items()):
+    rows = [parse_json(line) for line in lines]
+    for number, row in enumerate(rows, 1):
+        found = row if isinstance(row, dict) else {}
+        if not all(isinstance(found.get(key), kind) for key, kind in keys.items()):
             raise UserError(f"{path}:{number}: not a JSON object with {', '.join(keys)}")
-        rows.append(row)
     if last and RANK == 0:
         if whole:
             with open(path, "ab") as file:
@@ -298,12 +299,9 @@ def read_json(path) -> dict:
     """The object in a JSON file; {} if there is no file."""
     if not Path(path).exists():
         return {}
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+    value = parse_json(Path(path).read_bytes())
     if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object")
+        raise UserError(f"{path}: not JSON, or not an object")
     return value
 
 
@@ -442,17 +440,15 @@ def lock_folder(folder):
     """Create a folder and lock it for the life of this process; refuse one that another locked."""
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    if folder not in LOCKS:
-        lock = FileLock(folder / "lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"{folder}: another process is working in this folder") from None
-        except OSError as error:
-            if error.filename:  # the file cannot be made; if it cannot be locked, none is named
-                raise
-            note(f"{folder}: {error.strerror}; this disk does not keep a second process out")
-        LOCKS[folder] = lock
+    lock = LOCKS.setdefault(folder, FileLock(folder / "lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder}: another process is working in this folder") from None
+    except OSError as error:
+        if error.filename:  # the file cannot be made; if it cannot be locked, none is named
+            raise
+        note(f"{folder}: {error.strerror}; this disk does not keep a second process out")
 
 
 @rank_zero_only
@@ -547,12 +543,8 @@ SENTENCE_GAP = re.compile(
     r"(?<!\b[A-Z])(?<!\b[DMRSr][rst])(?<!\bMrs)(?<!\.[A-Za-z])(?<!^\d)(?<![.?!]\s\d)"
     r"[.?!]\s+(?=[A-Z\d$\\#])"
 )
-# What opens or closes a display. Two backslashes are a line break in one, as in \\[2pt].
-DISPLAY = re.compile(
-    r"\\\\|(?P<open>\\\[)|(?P<close>\\\])|\\begin\{(?P<begin>[^{}\n]*)\}"
-    r"|\\end\{(?P<end>[^{}\n]*)\}|(?P<both>\$\$|^[ \t]*```)",
-    re.M,
-)
+# What opens or closes a display, or is a line break in one, as in \\[2pt].
+DISPLAY = re.compile(r"\\\\|\\[\[\]]|\\(?:begin|end)\{[^{}\n]*\}|\$\$|^[ \t]*```", re.M)
 HALF = re.compile(r"\s(?=which |so |= |and |Thus)|(?<=,\$)\s")
 ARITHMETIC_SIGNS = str.maketrans("−–×·÷", "--**/")
 
@@ -585,22 +577,16 @@ def step_letters(text: str, style: str) -> list[int]:
     """
     if style not in STEP_STARTS:
         raise UserError(f"unknown style of steps {style!r}, known are {', '.join(STEP_STARTS)}")
-    starts = [0, *STEP_STARTS[style](text)]
-    letters = (LETTER.search(text, start) for start in starts)
-    return whole_steps(text, sorted({letter.start() for letter in letters if letter}))
-
-
-def whole_steps(text: str, starts: list[int]) -> list[int]:
-    """The starts that are not inside a display, and behind each of which stands a letter or digit
-    before the next. The first start stays."""
-    spans = sorted(displays(text))
-    opens = [start for start, _ in spans]
-    reach = [0, *accumulate((end for _, end in spans), max)]
+    starts = (LETTER.search(text, start) for start in [0, *STEP_STARTS[style](text)])
+    starts = sorted({letter.start() for letter in starts if letter})
+    spans = sorted(displays(text), reverse=True)
+    reach = 0  # the end of the displays that open before a start
     kept = starts[:1]
     word = WORD.search(text)  # the first of the last step that is kept
     for start in starts[1:]:
-        inside = reach[bisect_left(opens, start)] > start
-        if word and word.start() < start and not inside:
+        while spans and spans[-1][0] < start:
+            reach = max(reach, spans.pop()[1])
+        if word and word.start() < start and start >= reach:
             word = WORD.search(text, start)
             if word:
                 kept.append(start)
@@ -615,21 +601,13 @@ def displays(text: str) -> list[tuple[int, int]]:
     spans = []
     opened = {}  # where displays of each kind start that are not closed yet
     for match in DISPLAY.finditer(text):
-        if match.lastgroup is None:
-            continue
-        starts = opened.setdefault(display_kind(match), [])
-        if match.lastgroup in ("open", "begin") or (match.lastgroup == "both" and not starts):
+        kind = match[0].strip().replace(r"\]", r"\[").replace(r"\end", r"\begin")
+        starts = opened.setdefault(kind, [])
+        if match[0].startswith((r"\[", r"\begin")) or (kind in ("$$", "```") and not starts):
             starts.append(match.start())
         elif starts:
             spans.append((starts.pop(), match.end()))
     return spans
-
-
-def display_kind(match) -> str:
-    r"""The same for both ends of a display: "array" of \begin{array} and \end{array}."""
-    if match.lastgroup in ("open", "close"):
-        return "["
-    return match[match.lastgroup].strip()
 
 
 def line_starts(text: str) -> list[int]:
@@ -655,9 +633,8 @@ def numbered_starts(text: str, others: list[int]) -> list[int]:
     numbers = [match.start() for match in NUMBERED.finditer(text)]
     if len(numbers) < 2:
         return others
-    for start, end in pairwise(numbers):
-        if text[start:end].strip().count("\n"):
-            return numbers + final_start(text)
+    if any("\n" in text[start:end].strip() for start, end in pairwise(numbers)):
+        return numbers + final_start(text)
     end = text.find("\n", numbers[-1])
     return numbers + [start for start in others if start < numbers[0] or start > end > 0]
 
@@ -1132,17 +1109,8 @@ OPERATORS = {
 # --- Tokenizer -----------------------------------------------------------------------------------
 
 # What a model folder says about its tokenizer, here and to other programs: all files like these.
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "*.model",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-)
+TOKENIZER_FILES = """tokenizer* *.model vocab* merges.txt special_tokens_map.json added_tokens.json
+    generation_config.json chat_template* additional_chat_templates/*""".split()
 USUAL_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]")
 
 
@@ -1219,11 +1187,10 @@ class Tokenizer:
         prompt = format_prompt(prompt_format, question)
         if not any(token in question for token in self.special_tokens):
             return self.encode(prompt)
-        ids = []
-        for number, piece in enumerate(prompt_format.split("{question}")):
-            if number > 0:
-                ids += self.encode(question, special=False)
-            ids += self.encode(piece)
+        letters = self.encode(question, special=False)
+        ids, *others = [self.encode(piece) for piece in prompt_format.split("{question}")]
+        for piece in others:
+            ids = ids + letters + piece
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -1276,27 +1243,23 @@ def ends_of_text(tokenizer: tokenizers.Tokenizer, folder: Path) -> tuple[int, li
     a list. Training writes eos_token of tokenizer_config.json if it is among them, else the first.
     If none is named, eos_token or a usual name in the vocabulary is the only end.
     """
-    own = read_json(folder / "tokenizer_config.json").get("eos_token")
-    if isinstance(own, dict):
-        own = own.get("content")
+    ids = tokenizer.get_vocab()
+    known = set(ids.values())
     stop_ids = []
     for name in ("config.json", "generation_config.json"):
         named = read_json(folder / name).get("eos_token_id")
-        if not isinstance(named, list):
-            named = [named]
-        for i in named:
-            known = isinstance(i, int) and i >= 0 and tokenizer.id_to_token(i) is not None
-            if known and i not in stop_ids:
+        for i in named if isinstance(named, list) else [named]:
+            if isinstance(i, int) and i in known and i not in stop_ids:
                 stop_ids.append(i)
-    usual = [tokenizer.token_to_id(name) for name in (own, *USUAL_ENDS) if isinstance(name, str)]
-    usual = [i for i in usual if i is not None]
+    own = read_json(folder / "tokenizer_config.json").get("eos_token")
+    if isinstance(own, dict):
+        own = own.get("content")
     if not stop_ids:
-        stop_ids = usual[:1]
+        stop_ids = [ids[name] for name in (own, *USUAL_ENDS) if name in ids][:1]
     if not stop_ids:
         raise UserError(f"{folder}: no end of text; config.json should name its eos_token_id")
-    if isinstance(own, str) and tokenizer.token_to_id(own) in stop_ids:
-        return tokenizer.token_to_id(own), stop_ids
-    return stop_ids[0], stop_ids
+    eos_id = ids.get(own)
+    return eos_id if eos_id in stop_ids else stop_ids[0], stop_ids
 
 
 def note_beginning_of_text(tokenizer: tokenizers.Tokenizer):
@@ -1340,20 +1303,15 @@ KEEP = """saw counted wanted painted washed drew liked sorted cleaned named phot
 VERBS = {1: GAIN, -1: LOSE, 0: KEEP}  # by what they do to the total; the rare ones last
 LARGEST = 99  # totals are 0 .. 99
 OPERANDS = 9  # the numbers of events are 1 .. 9
-ZIPF = 1.2  # the i-th word of a list is drawn with probability ~ i^-ZIPF
+# The i-th word of a list is drawn with probability ~ i^-1.2. What choices takes are their sums.
+ZIPF = list(accumulate(i**-1.2 for i in range(1, 17)))
 SPLITS = ("train", "val", "test")  # of the problems
 SLIPS = 0.1  # share of the spurious steps that are slips in a sum
 
 
 def zipf(rng: random.Random, items):
     """One of `items`, the first most often: as in language, most words are rare."""
-    weights = heavy_tail(len(items))  # rng.choices would add them up at each call
-    return items[bisect_right(weights, rng.random() * weights[-1], 0, len(items) - 1)]
-
-
-@cache
-def heavy_tail(n: int) -> list[float]:
-    return list(accumulate(i**-ZIPF for i in range(1, n + 1)))
+    return rng.choices(items, cum_weights=ZIPF[: len(items)])[0]
 
 
 def split_of(question: str) -> str:
@@ -1367,10 +1325,7 @@ def arithmetic_problem(rng, split: str, steps: int, distractors: int) -> Problem
     `steps` of the events change the total, in any order, and `distractors` do not.
     """
     if steps + distractors > OPERANDS:
-        raise UserError(
-            f"{steps} steps and {distractors} distractors: at most {OPERANDS} together, because "
-            "their numbers all differ"
-        )
+        raise UserError(f"{steps} steps and {distractors} distractors: at most {OPERANDS} together")
     while True:  # one question in ten is of the split test, so about twelve times for that
         start = rng.randint(0, LARGEST)
         signs = [rng.choice((-1, 1)) for _ in range(steps)] + [0] * distractors
@@ -1407,34 +1362,33 @@ def arithmetic_teacher(rng, problem: Problem, spurious: float) -> str:
     as if it had not.
     """
     total = problem.meta["start"]
-    events = [event for event in problem.meta["events"] if event[0]]
+    changes = [sign * n for sign, n in problem.meta["events"] if sign]
     distractors = [n for sign, n in problem.meta["events"] if not sign]
     lines = []
-    for sign, n in rng.sample(events, len(events)):
-        after = total + sign * n
+    for change in rng.sample(changes, len(changes)):
         if rng.random() < spurious:
-            lines.append(spurious_step(rng, total, sign, n, distractors))
-        lines.append(step_text(total, sign, n, after))
-        total = after
+            lines.append(spurious_step(rng, total, change, distractors))
+        lines.append(step_text(total, change, total + change))
+        total += change
     return "\n".join([*lines, f"#### {total}"])
 
 
-def spurious_step(rng, total: int, sign: int, n: int, distractors: list[int]) -> str:
+def spurious_step(rng, total: int, change: int, distractors: list[int]) -> str:
     """A distractor added or taken away; in a tenth of the cases the next step with a wrong sum."""
-    other = rng.choice((-1, 1))
+    sign = rng.choice((-1, 1))
     if distractors and rng.random() >= SLIPS:
-        m = rng.choice(distractors)
-        if not 0 <= total + other * m <= LARGEST:
+        other = sign * rng.choice(distractors)
+        if not 0 <= total + other <= LARGEST:
             other = -other
-        return step_text(total, other, m, total + other * m)
-    near = [total + sign * n + error for error in (-3, -2, -1, 1, 2, 3)]
+        return step_text(total, other, total + other)
+    near = [total + change + error for error in (-3, -2, -1, 1, 2, 3)]
     near = [value for value in near if 0 <= value <= LARGEST]
-    return step_text(total, sign, n, rng.choice(near))
+    return step_text(total, change, rng.choice(near))
 
 
-def step_text(total: int, sign: int, n: int, result: int) -> str:
-    symbol = "+" if sign > 0 else "-"
-    return f"{total} {symbol} {n} = {result}"
+def step_text(total: int, change: int, result: int) -> str:
+    sign = "+" if change > 0 else "-"
+    return f"{total} {sign} {abs(change)} = {result}"
 
 
 def judge_steps(problem: Problem, text: str) -> list[str]:
@@ -1446,7 +1400,7 @@ def judge_steps(problem: Problem, text: str) -> list[str]:
     wrong       an event twice, with the wrong sign or from a wrong total; a wrong answer; no step
     """
     total = problem.meta["start"]
-    left = [tuple(event) for event in problem.meta["events"] if event[0]]
+    changes = [sign * n for sign, n in problem.meta["events"] if sign]  # still to come
     distractors = [n for sign, n in problem.meta["events"] if not sign]
     edges = [*step_letters(text, "lines"), len(text)]
     labels = []
@@ -1457,20 +1411,18 @@ def judge_steps(problem: Problem, text: str) -> list[str]:
             labels.append("good" if line == f"#### {problem.answer}" else "wrong")
             continue
         before = int(step[1])
-        sign = 1 if step[2] == "+" else -1
-        n = int(step[3])
+        change = int(step[2] + step[3])
         after = int(step[4])
-        if before + sign * n != after:
-            label = "slip"
-        elif n in distractors:
-            label = "irrelevant"
-        elif before == total and (sign, n) in left:
-            label = "good"
-            left.remove((sign, n))
+        if before + change != after:
+            labels.append("slip")
+        elif abs(change) in distractors:
+            labels.append("irrelevant")
+        elif before == total and change in changes:
+            labels.append("good")
+            changes.remove(change)
             total = after
         else:
-            label = "wrong"
-        labels.append(label)
+            labels.append("wrong")
     return labels
 
 
