@@ -186,7 +186,7 @@ def text_of(value) -> str:
 def unused_id(name: str, numbers: dict[str, int]) -> str:
     """`name`, or `name` with the first number that makes it new.
 
-    `numbers` holds each id that is used, and the last number that was tried behind it.
+    numbers: {each id that is used: the last number that was tried behind it}.
     """
     candidate = name
     while candidate in numbers:
@@ -307,8 +307,10 @@ def read_json(path) -> dict:
 
 # --- Run folders: flags and the run's config.json ------------------------------------------------
 
-# Defaults that depend on the task: a small model learns the built-in one, a pretrained model is
-# fine-tuned on a JSONL file.
+# A program's flags are the fields of a dataclass. Those that are None become what the model was
+# trained with, else the default of the task: a small model learns the built-in one, a pretrained
+# model is fine-tuned on a JSONL file. config.json keeps them, and guards what was made with them.
+
 BASE = Path(__file__).parent / "experiments" / "base"  # where the built-in task starts
 POLICY_FILE = "policy.json"  # of a trained model: what it was trained with
 POLICY_KEYS = ("prompt", "max_new_tokens", "temperature", "spurious", "steps", "distractors")
@@ -418,8 +420,7 @@ def check_ranges(config):
 
 
 def apply_presets(config):
-    """The configuration with the fields that are None filled in: by what the model was trained
-    with, as its folder says, else by the default of the task."""
+    """The configuration with the fields that are None filled in."""
     given = asdict(config)
     presets = PRESETS["arithmetic" if given.get("data") == "arithmetic" else "jsonl"]
     model = given.get("model") or presets["model"]
@@ -460,8 +461,7 @@ def claim_folder(config, path, in_the_way, **contents):
     flags only name. A flag that the stored file lacks counts as its default: a run may be older
     than a flag. The commit and device that began the run stay; later ones are added.
     """
-    path = Path(path)
-    lock_folder(path.parent)
+    lock_folder(Path(path).parent)
     stored = read_json(path)
     values = asdict(config)
     stages = {item.name: item.metadata["stage"] for item in fields(config)}
@@ -470,9 +470,9 @@ def claim_folder(config, path, in_the_way, **contents):
         stages[name] = stage
     begun = values
     if stored:
-        kept = ("model", "data")
-        own = {item.name: item.default for item in fields(config) if item.name not in kept}
-        begun = asdict(apply_presets(replace(config, **own))) | stored
+        task = ("model", "data")
+        unset = {item.name: item.default for item in fields(config) if item.name not in task}
+        begun = asdict(apply_presets(replace(config, **unset))) | stored
     for name, value in values.items():
         files = in_the_way.get(stages[name])
         if files and begun.get(name) != value:
@@ -515,9 +515,7 @@ def folder_hash(folder) -> str:
 
 
 def file_hash(path) -> str:
-    """A checksum of a file; "" for no path."""
-    if not path:
-        return ""
+    """A checksum of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:16]
 
@@ -618,8 +616,11 @@ def line_starts(text: str) -> list[int]:
 
 
 def math_starts(text: str) -> list[int]:
-    """MATH: a step is a paragraph, or a sentence of a text that has no paragraphs."""
-    return numbered_starts(text, paragraph_starts(text) or sentence_starts(text))
+    """MATH: a step is a paragraph, or a sentence where no blank line divides the text."""
+    gaps = [gap for gap in GAP.finditer(text.rstrip()) if gap[0].count("\n") > 1]
+    starts = [gap.end() for gap in gaps if not CONTINUES.match(text, gap.end())]
+    starts = starts + final_start(text) if starts else sentence_starts(text)
+    return numbered_starts(text, starts)
 
 
 # Each style of steps: a function from the text of a solution to the places where steps start.
@@ -637,15 +638,6 @@ def numbered_starts(text: str, others: list[int]) -> list[int]:
         return numbers + final_start(text)
     end = text.find("\n", numbers[-1])
     return numbers + [start for start in others if start < numbers[0] or start > end > 0]
-
-
-def paragraph_starts(text: str) -> list[int]:
-    """The starts of paragraphs and of the final answer; none if no blank line divides the text."""
-    gaps = [gap for gap in GAP.finditer(text.rstrip()) if gap[0].count("\n") > 1]
-    starts = [gap.end() for gap in gaps if not CONTINUES.match(text, gap.end())]
-    if not starts:
-        return []
-    return starts + final_start(text)
 
 
 def final_start(text: str) -> list[int]:
@@ -1108,7 +1100,10 @@ OPERATORS = {
 
 # --- Tokenizer -----------------------------------------------------------------------------------
 
-# What a model folder says about its tokenizer, here and to other programs: all files like these.
+# A tokenizer is the tokenizer.json of a Hugging Face folder and the small files beside it, which
+# travel with every model that is trained from it. They also say which tokens end a text. For steps
+# and pairs it says where in a text each token starts.
+
 TOKENIZER_FILES = """tokenizer* *.model vocab* merges.txt special_tokens_map.json added_tokens.json
     generation_config.json chat_template* additional_chat_templates/*""".split()
 USUAL_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]")
