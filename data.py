@@ -426,7 +426,14 @@ def apply_presets(config):
     model = given.get("model") or presets["model"]
     if model:
         known = read_json(Path(model) / POLICY_FILE)
-        presets = presets | {name: known[name] for name in POLICY_KEYS if name in known}
+        known = {name: known[name] for name in POLICY_KEYS if name in known}
+        for name, value in known.items():
+            kind = type(PRESETS["arithmetic"][name])
+            if not isinstance(value, int | float if kind is float else kind):
+                raise UserError(
+                    f"{Path(model) / POLICY_FILE}: {name}={value!r} is no {kind.__name__}"
+                )
+        presets = presets | known
     missing = {name: value for name, value in presets.items() if given.get(name, value) is None}
     config = replace(config, **missing)
     check_ranges(config)
@@ -1030,8 +1037,8 @@ QUANTITY = re.compile(rf"{BEFORE}((?=-?\s?\.?\d|[(π])[-+*/().\d\sπ]*[\d)π])(?
 # And what makes it another number: 'not 5', 'a third of 5', '5 out of ten', '5 squared'.
 NOT_WHOLE = re.compile(
     r"\b(?:not?|never|than(?=\W+\d)|but|twice|double|triple|between|least|most|plus|minus|negative"
-    r"|squared|cubed|grand|(?:half|third|quarter|square|root|percent|out) of|hundred|dozens?|[a-z]+illion"
-    r"|two|three|four|five|six|seven|eight|nine|ten|[a-z]+teen|(?:twen|thir|for|fif)ty)\b"
+    r"|squared|cubed|(?:half|third|quarter|square|root|percent|out) of|hundred|grand|dozens?"
+    r"|[a-z]+illion|two|three|four|five|six|seven|eight|nine|ten|[a-z]+teen|(?:twen|thir|for|fif)ty)\b"
 )
 
 

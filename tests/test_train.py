@@ -1042,6 +1042,16 @@ def test_defaults_by_task():
     assert asdict(resolve(TrainFlags(**own))).items() >= own.items()
 
 
+@pytest.mark.parametrize("name, value", [("prompt", 5), ("temperature", "hot"), ("steps", 2.5)])
+def test_a_broken_policy_file(tmp_path, name, value):
+    """A traceback, or a model that is tested otherwise than it was trained, without a word."""
+    (tmp_path / "policy.json").write_text(json.dumps({name: value}))
+    with pytest.raises(UserError, match=f"policy.json: {name}={value!r} is no "):
+        resolve(TrainFlags(model=str(tmp_path)))
+    (tmp_path / "policy.json").write_text('{"temperature": 1, "steps": 2}')
+    assert resolve(TrainFlags(model=str(tmp_path))).steps == 2
+
+
 def test_scan_and_loss():
     """Eq. 4 on solutions that were valued up to their pit only."""
     assert resolve(TrainFlags()).scan == "first"
