@@ -22,7 +22,6 @@ import csv
 import hashlib
 import json
 import math
-import sys
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -272,7 +271,7 @@ def probability(policy, prompt, response):
 # ---------------------------------------------------------------- one problem, for a lecture
 
 
-def explain(problem, before, after, folder, *, k, samples, colour=False):
+def explain(problem, before, after, folder, *, k, samples):
     """One problem as text: a wrong solution of the policy `before`, the Q of its steps, its first
     pit, the pair made there, and how probable both sides are before and after training.
 
@@ -286,16 +285,16 @@ def explain(problem, before, after, folder, *, k, samples, colour=False):
         f"answer {problem.answer}; {correct} of {samples} samples are correct",
     ]
     wrong = solutions_to_value(before, [problem], drawn, wrong=samples)
-    value_steps(before, by_id, wrong, values_file(folder, k), k=k, scan="full")
+    value_steps(before, by_id, wrong, folder / f"values-{k}.jsonl", k=k, scan="full")
     if not wrong:
         lines.append("no wrong solution that ended: take another problem or more --samples")
         return "\n".join(lines)
     examples = []
     for solution in wrong:
-        for pair in make_pairs("continuation", before, by_id, drawn, [solution]):
-            examples.append((solution, pair))
+        pairs = make_pairs("continuation", before, by_id, drawn, [solution])
+        examples += [(solution, pair) for pair in pairs]
     if not examples:
-        lines += explain_steps(problem, before, wrong[0], colour)
+        lines += explain_steps(problem, before, wrong[0])
         lines.append("no pair: no correct continuation was found before the pit")
         return "\n".join(lines)
     if problem.meta:  # show a pair without luck, if there is one
@@ -305,8 +304,8 @@ def explain(problem, before, after, folder, *, k, samples, colour=False):
         )
         examples = clear or examples
     solution, pair = examples[0]
-    lines += explain_steps(problem, before, solution, colour)
-    lines += explain_pair(pair, before, after, colour)
+    lines += explain_steps(problem, before, solution)
+    lines += explain_pair(pair, before, after)
     return "\n".join(lines)
 
 
@@ -318,7 +317,7 @@ def is_clear(problem, policy, solution, pair):
     return rejected[-1] != "good" and set(chosen[pair.first_pit - 1 :]) == {"good"}
 
 
-def explain_steps(problem, policy, solution, colour):
+def explain_steps(problem, policy, solution):
     """A line with its Q for each step of a wrong solution."""
     labels = judge_steps(problem, solution.text) if problem.meta else []
     lines = [
@@ -333,12 +332,11 @@ def explain_steps(problem, policy, solution, colour):
             line += "  <- the first pit"
             if labels:
                 line += f" ({labels[i - 1]})"
-            line = paint(line, "31;1", colour)
         lines.append(line)
     return lines
 
 
-def explain_pair(pair, before, after, colour):
+def explain_pair(pair, before, after):
     """The two sides of a pair, and their probabilities under two policies."""
     row = pair_row(pair, before.tokenizer)
     lines = [
@@ -346,22 +344,17 @@ def explain_pair(pair, before, after, colour):
         f"the pair, after the first {pair.first_pit - 1} steps, and its probabilities:",
         f"{'':9} before   after",
     ]
-    for side, ids, code in (("chosen", pair.chosen, "32"), ("rejected", pair.rejected, "31")):
+    for side, ids in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         line = f"{side:9}"
         for policy in (before, after):
             chance = f"{probability(policy, pair.prompt, ids):7.4f}" if policy else "      -"
             line += chance + " "
-        line += "  " + printable(row[side].strip().replace("\n", ", "))
-        lines.append(paint(line, code, colour))
+        lines.append(line + "  " + printable(row[side].strip().replace("\n", ", ")))
     return lines
 
 
 def q_bar(q):
     return "=" * round(20 * q)
-
-
-def paint(text, code, colour):
-    return f"\033[{code}m{text}\033[0m" if colour else text
 
 
 # ---------------------------------------------------------------- a picture of a run
@@ -462,7 +455,7 @@ def main():
     if c.explain >= 0:
         first = next(iter(tested))
         after = policies["model"] if c.baseline else None
-        counts = dict(k=c.rollouts or 16, samples=c.samples or 16, colour=sys.stdout.isatty())
+        counts = dict(k=c.rollouts or 16, samples=c.samples or 16)
         print(explain(problems[c.explain], policies[first], after, folders[first], **counts))
         return
     results = {}
@@ -485,16 +478,13 @@ def responses_folder(c, policy, data_hash):
     return Path(c.out) / f"{Path(c.model).resolve().name}-{key}"
 
 
-def values_file(folder, k):
-    return folder / f"values-{k}.jsonl"
-
-
 def print_q_by_step(policy, folder, problems, k):
     """Average Q of the steps of the greedy responses."""
     greedy = sample(policy, problems, folder / "greedy.jsonl", n=1, temperature=0)
     solutions = solutions_to_value(policy, problems, greedy, wrong=1, correct=1)
     by_id = {problem.id: problem for problem in problems}
-    value_steps(policy, by_id, solutions, values_file(folder, f"greedy-{k}"), k=k, scan="full")
+    file = folder / f"values-greedy-{k}.jsonl"
+    value_steps(policy, by_id, solutions, file, k=k, scan="full")
     for row in q_by_step(solutions):
         print("step {step:2}  Q {q:.3f}  best of 5 {best_of_5:.3f}  n {solutions}".format(**row))
 

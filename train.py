@@ -343,7 +343,6 @@ def fit(policy, items, loss, c, name, *, epochs, lr, early_copy=None):
 def set_up(policy, items, c, folder, steps):
     """What the loop starts from: (weights by name, optimizer, number of steps done before)."""
     folder.mkdir(parents=True, exist_ok=True)
-    remove_half_written(folder)
     model = policy.model
     model.gradient_checkpointing = bool(c.gradient_checkpointing)
     if PROCESSES > 1:
@@ -407,14 +406,10 @@ def precision(policy):
 def batch_indices(n, batch, step, seed):
     """Which of n items form the batch of a step; each epoch is a new random order of them. Depends
     on (seed, step) alone, so a resumed run neither skips nor repeats a batch."""
-    indices = []
-    orders = {}
-    for i in range(step * batch, (step + 1) * batch):
-        epoch = i // n
-        if epoch not in orders:
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(n)
-        indices.append(int(orders[epoch][i % n]))
-    return indices
+    first_epoch, place = divmod(step * batch, n)
+    epochs = range(first_epoch, first_epoch + (place + batch - 1) // n + 1)
+    order = np.concatenate([np.random.default_rng([seed, i]).permutation(n) for i in epochs])
+    return order[place : place + batch].tolist()
 
 
 def token_count(item):
@@ -714,25 +709,19 @@ class TrainFlags(PolicyFlags):
     keep: int = flag(4, "correct solutions kept", group="values and pairs", least=0, stage="pos")
     negatives: int | None = flag(None, "wrong solutions valued a problem", least=0, stage="values")
     rollouts: int | None = flag(None, "K: continuations per prefix", least=1, stage="values")
-    scan: str | None = flag(
-        None, "steps valued [awr full, else first]", choices=SCANS, stage="values"
-    )
+    scan: str | None = flag(None, "steps valued [awr: full]", choices=SCANS, stage="values")
     pairs: str = flag("continuation", "form of the pairs", choices=PAIR_FORMS, stage="neg")
     loss: str = flag("dpo", "Eq. 1 or Eq. 4", group="losses", choices=LOSSES, stage="neg")
     beta: float = flag(0.3, "temperature of Eq. 1 and of Eq. 4", least=1e-6, stage="neg")
     nll: float = flag(0.0, "weight of the likelihood of chosen beside Eq. 1", least=0, stage="neg")
     batch: int | None = flag(None, "examples or pairs a step", group="optimisation", least=1)
     lr: float | None = flag(None, "peak learning rate of sft and pos", least=0)
-    again_lr: float | None = flag(
-        None, "peak rate of further rounds of pos", least=0, stage="again"
-    )
+    again_lr: float | None = flag(None, "peak rate of pos2, pos3, ...", least=0, stage="again")
     neg_lr: float | None = flag(None, "peak learning rate of neg", least=0, stage="neg")
     sft_epochs: float | None = flag(None, "epochs of sft; 0 = the model itself generates", least=0)
     generator_epochs: float | None = flag(None, "epochs of sft until the generator's copy", least=0)
     pos_epochs: float | None = flag(None, "epochs of pos", least=0, stage="pos")
-    again_epochs: float | None = flag(
-        None, "epochs of further rounds of pos", least=0, stage="again"
-    )
+    again_epochs: float | None = flag(None, "epochs of pos2, pos3, ...", least=0, stage="again")
     neg_epochs: float | None = flag(None, "epochs of neg", least=0, stage="neg")
     warmup: float = flag(0.1, "share of the steps in which the rate rises", least=0, most=1)
     weight_decay: float = flag(0.01, "of AdamW", least=0)
@@ -815,14 +804,16 @@ def prepare(c):
 
 def made_by_stage(out):
     """{stage: what it and later stages have made in the run folder}, for claim_folder."""
-    trained = sorted({path.parent for path in out.glob("*/*.safetensors")})
+
+    def trained(name):
+        return sorted({path.parent for path in out.glob(f"{name}/*.safetensors")})
+
     values = sorted(out.glob("*/values.jsonl"))
-    neg = [folder for folder in trained if folder.name.startswith("neg")]
-    pos = [folder for folder in trained if folder.name.startswith("pos")]
+    neg = trained("neg*")
     return dict(
-        sft=trained,
-        pos=pos + values + neg,
-        again=[folder for folder in pos if folder.name != "pos"],
+        sft=trained("*"),
+        pos=trained("pos*") + values + neg,
+        again=trained("pos?*"),
         values=values + neg,
         neg=neg,
         test=sorted(out.glob("*/eval")),
