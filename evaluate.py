@@ -153,13 +153,12 @@ def count_spurious(problem, text):
 
 def table(results):
     """The results {name: result} of several policies as text. All are compared with the first."""
-    names = list(results)
-    first = results[names[0]]
+    first_name, first = next(iter(results.items()))
     columns = [key for key in first if "@" in key or key == "spurious"]
     head = f"{'':9}{'greedy':>8}  {'95% interval':15}"
     head += "".join(f"{column:>10}" for column in columns)
-    if len(names) > 1:
-        head += f"   against {names[0]}"
+    if len(results) > 1:
+        head += f"   against {first_name}"
     lines = [head]
     for name, result in results.items():
         low, high = result["interval"]
@@ -364,23 +363,21 @@ def plot_run(folder):
     """Draw a run folder as FOLDER/run.png: its losses, what Eq. 1 did to the pairs, the Q of the
     steps of wrong solutions, and the accuracy of its models. Needs matplotlib."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     folder = Path(folder)
     if not (folder / "metrics.csv").exists():
         raise UserError(f"{folder}: no run folder, it holds no metrics.csv")
     with open(folder / "metrics.csv", newline="") as file:
         metrics = list(csv.DictReader(file))
-    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
+    figure = Figure(figsize=(16, 3.6), layout="constrained")
+    axes = figure.subplots(1, 4)
     for stage in dict.fromkeys(row["stage"] for row in metrics):
         rows = [row for row in metrics if row["stage"] == stage]
         plot_columns(axes[0], rows, ["loss"], label=stage)
         if rows[0]["margin"]:
-            plot_columns(axes[1], rows, ["margin", "chosen", "rejected"], label=stage)
+            plot_columns(axes[1], rows, TREND, label=stage)
     for path in sorted(folder.glob("*/values.jsonl")):
         plot_values(axes[2], path)
     for name, result in read_json(folder / "results.json").items():

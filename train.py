@@ -314,7 +314,7 @@ def fit(policy, items, loss, c, name, *, epochs, lr, early_copy=None):
     """
     folder = Path(c.out) / name
     if (folder / "model.safetensors").exists():
-        remove_checkpoint(folder)  # a kill may have come after save() and before this
+        remove([folder / CHECKPOINT])  # a kill may have come after save() and before this
         return
     steps = max(1, round(epochs * len(items) / c.batch)) if epochs > 0 else 0
     weights, optimizer, start = set_up(policy, items, c, folder, steps)
@@ -337,7 +337,7 @@ def fit(policy, items, loss, c, name, *, epochs, lr, early_copy=None):
             saved = time.monotonic()
     log.close()
     save(policy, folder, c)
-    remove_checkpoint(folder)
+    remove([folder / CHECKPOINT])
 
 
 def set_up(policy, items, c, folder, steps):
@@ -353,13 +353,13 @@ def set_up(policy, items, c, folder, steps):
     )
     if steps > 0:
         show(policy, items[0])
-    if items and isinstance(items[0], Pair):
-        add_reference(policy, items, c)
-        if PROCESSES > 1:
-            model.reshard()  # its forward left the root whole, load_checkpoint writes to the parts
+        if isinstance(items[0], Pair):
+            add_reference(policy, items, c)
+            if PROCESSES > 1:
+                model.reshard()  # a forward leaves the root whole, load_checkpoint needs the parts
     start = load_checkpoint(folder, weights, optimizer)
     if start == 0:
-        remove_products(folder)
+        remove(folder / name for name in PRODUCTS)
     return weights, optimizer, start
 
 
@@ -372,7 +372,7 @@ def copy_early(policy, c, early_copy, step, steps_per_epoch):
     if epochs > 0:
         due = max(1, due)
     if step == due:
-        remove_products(folder)
+        remove(folder / name for name in PRODUCTS)
         save(policy, folder, c)
 
 
@@ -563,6 +563,10 @@ def show(policy, item):
 
 # ---------------------------------------------------------------- models and checkpoints on disk
 
+CHECKPOINT = "checkpoint.safetensors"
+# What is made of a model, in its folder: it goes when the model is trained anew.
+PRODUCTS = "samples.jsonl values.jsonl pits.jsonl pairs.jsonl eval held_out".split()
+
 
 @torch.no_grad()
 def whole_tensors(tensors):
@@ -581,7 +585,8 @@ def save(policy, folder, c):
     """Save model and tokenizer as a Hugging Face folder, with the prompt and how it is sampled. The
     weights come last: a folder that has them is complete."""
     weights = whole_tensors(dict(policy.model.named_parameters()))
-    remove_half_written(folder)
+    # what a kill left of a file: our temporary ones, and those of safetensors
+    remove([*folder.glob("*.tmp"), *folder.glob(".tmp??????")])
     if RANK == 0:
         with torch.device("meta"):
             model = GPT(policy.model.config)
@@ -623,12 +628,12 @@ def save_checkpoint(folder, weights, optimizer, step):
         tensors[f"exp_avg_sq.{name}"] = state["exp_avg_sq"]
     tensors = whole_tensors(tensors)
     if RANK == 0:
-        save_tensors(tensors, folder / "checkpoint.safetensors", {"step": str(step)})
+        save_tensors(tensors, folder / CHECKPOINT, {"step": str(step)})
 
 
 def load_checkpoint(folder, weights, optimizer):
     """Put the folder's checkpoint back. Returns the steps done, 0 if there is none."""
-    path = folder / "checkpoint.safetensors"
+    path = folder / CHECKPOINT
     if not path.exists():
         return 0
     try:
@@ -660,35 +665,16 @@ def restore(weight, file, name, optimizer, step):
 
 
 @rank_zero_only
-def remove_checkpoint(folder):
-    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-
-
-@rank_zero_only
-def remove_half_written(folder):
-    """Remove what a kill left of a file: our temporary ones, and those of safetensors."""
-    for path in [*folder.glob("*.tmp"), *folder.glob(".tmp??????")]:
-        path.unlink()
-
-
-# What is made of a model, in its folder.
-PRODUCTS = "samples.jsonl values.jsonl pits.jsonl pairs.jsonl eval held_out".split()
-
-
-@rank_zero_only
-def remove_products(folder):
-    """Remove what was made of the model that stood in a folder before."""
-    for name in PRODUCTS:
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
+def remove(paths):
+    """Delete files and folders, those of them that are there."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
         else:
-            (folder / name).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- flags
-
-
-MODES = ("sft", "pos", "neg")
 
 
 @dataclass
@@ -696,7 +682,7 @@ class TrainFlags(PolicyFlags):
     """The defaults that are None are what the model's policy.json says, else those of the task, in
     data.PRESETS. The stage "again" is that of further rounds of pos."""
 
-    mode: str = flag("neg", "how far to train", group="run", choices=MODES, stage="")
+    mode: str = flag("neg", "the last stage", group="run", choices=("sft", "pos", "neg"), stage="")
     out: str = flag("", "run folder; empty = runs/TASK", stage="")
     rounds: int = flag(1, "rounds of pos or neg, each from the policy before", least=1, stage="")
     test_data: str = flag("", "JSONL to test on; empty: a tenth", group="data", stage="")
