@@ -87,21 +87,18 @@ class Config:
         family = hf.get("model_type")
         if family not in FAMILIES:
             known = ", ".join(FAMILIES)
-            raise CheckpointError(f"config.json: model_type={family!r} is not one of {known}")
+            raise CheckpointError(f"model_type={family!r} is not one of {known}")
         for key in ("quantization_config", "add_cross_attention"):
             if hf.get(key):
-                raise CheckpointError(f"config.json: {key} is not supported")
+                raise CheckpointError(f"{key} is not supported")
         config = replace(FAMILIES[family](hf), hf=dict(hf))
         if config.n_head % config.n_kv_head != 0:
             raise CheckpointError(
-                f"config.json: num_key_value_heads={config.n_kv_head} does not divide "
-                f"num_attention_heads={config.n_head}"
+                f"num_key_value_heads={config.n_kv_head} does not divide {config.n_head} heads"
             )
         if config.activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
-            raise CheckpointError(
-                f"config.json: activation {config.activation!r} is not one of {known}"
-            )
+            raise CheckpointError(f"activation {config.activation!r} is not one of {known}")
         return config
 
     def to_hf(self):
@@ -332,38 +329,32 @@ class GPT(nn.Module):
                 f"{folder}: no such folder; nothing is downloaded here, but "
                 "`hf download NAME --local-dir FOLDER` makes a folder of a model on the hub"
             )
+        hf = read_json(folder / "config.json")
         try:
-            config = Config.from_hf(read_json(folder / "config.json"))
+            config = Config.from_hf(hf)
             with torch.device("meta"):  # shapes without memory
                 model = cls(config)
-        except CheckpointError:
-            raise
         except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
-            raise CheckpointError(
-                f"{folder}/config.json: a value of the wrong kind ({reason})"
-            ) from None
+            raise CheckpointError(f"{folder}/config.json makes no model: {reason}") from None
         stored = open_tensors(folder)
         check_tied_head(folder, config, stored)
+        sources = {name: disk_name(config, name) for name, _ in model.named_parameters()}
+        wrong = sorted(set(sources.values()) ^ set(stored))
+        if wrong:
+            problem = "unexpected tensor" if wrong[0] in stored else "no tensor"
+            raise CheckpointError(f"{folder}: {problem} {wrong[0]}")
         weights = {}
-        used = set()
         for name, parameter in model.named_parameters():
-            source = disk_name(config, name)
-            used.add(source)
-            if source not in stored:
-                raise CheckpointError(f"{folder}: no tensor {source}, which config.json asks for")
-            value = from_disk(config, name, stored[source]())
+            value = from_disk(config, name, stored[sources[name]]())
             if value.shape != parameter.shape:
                 raise CheckpointError(
-                    f"{folder}: {source} gives {name} the shape {list(value.shape)}, but "
+                    f"{folder}: {sources[name]} gives {name} the shape {list(value.shape)}, but "
                     f"config.json says {list(parameter.shape)}"
                 )
             # A copy: what safetensors returns is a view of the file, and changes with it.
             empty = torch.empty(parameter.shape, dtype=dtype, device=device)
             weights[name] = empty.copy_(value)
-        unused = sorted(set(stored) - used)
-        if unused:
-            raise CheckpointError(f"{folder}: unexpected tensor {unused[0]}")
         model.load_state_dict(weights, assign=True)
         return model
 
@@ -432,7 +423,6 @@ class KVCache:
 
     def __init__(self, config, rows, room, dtype=torch.float32, device="cpu"):
         shape = (config.n_layer, rows, config.n_kv_head, room, config.head_dim)
-        self.rows = rows
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -554,11 +544,12 @@ def collate(sequences, device):
             x += response[:-1]
             position += range(len(prompt), len(prompt) + n - 1)
             branch += [number] * (n - 1)
-        ids.append(torch.from_numpy(np.array(x)))
-        positions.append(torch.from_numpy(np.array(position)))
-        branches.append(torch.from_numpy(np.array(branch)))
+        ids.append(x)
+        positions.append(position)
+        branches.append(branch)
 
-    def pad(tensors, value=0):
+    def pad(lists, value=0):
+        tensors = [torch.from_numpy(np.array(numbers)) for numbers in lists]
         return pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
 
     places = torch.from_numpy(np.array([rows, columns, targets])).to(device)
@@ -601,6 +592,9 @@ def llama(hf):
     )
 
 
+NO_BIASES = dict(attention_bias=False, mlp_bias=False)  # whatever config.json says
+
+
 def mistral(hf):
     """Llama with a window in every layer."""
     defaults = dict(
@@ -610,15 +604,9 @@ def mistral(hf):
         sliding_window=4096,
     )
     hf = defaults | hf
-    config = llama(hf)
-    return replace(
-        config,
-        architecture="MistralForCausalLM",
-        windows=(hf["sliding_window"],) * config.n_layer,
-        qkv_bias=False,
-        out_bias=False,
-        mlp_bias=False,
-    )
+    config = llama(hf | NO_BIASES)
+    windows = (hf["sliding_window"],) * config.n_layer
+    return replace(config, architecture="MistralForCausalLM", windows=windows)
 
 
 def qwen2(hf):
@@ -629,15 +617,9 @@ def qwen2(hf):
         num_key_value_heads=32,
         max_position_embeddings=2**15,
     )
-    config = llama(defaults | hf)
-    return replace(
-        config,
-        architecture="Qwen2ForCausalLM",
-        windows=qwen_windows(hf, config.n_layer),
-        qkv_bias=True,
-        out_bias=False,
-        mlp_bias=False,
-    )
+    config = llama(defaults | hf | NO_BIASES)
+    windows = qwen_windows(hf, config.n_layer)
+    return replace(config, architecture="Qwen2ForCausalLM", windows=windows, qkv_bias=True)
 
 
 def qwen3(hf):
@@ -711,14 +693,14 @@ def read_size(hf, key, default):
     """A positive integer of config.json. A key that is not there has transformers' default."""
     value = hf.get(key, default)
     if type(value) is not int or value < 1:
-        raise CheckpointError(f"config.json: {key}={value!r} is not a positive integer")
+        raise CheckpointError(f"{key}={value!r} is not a positive integer")
     return value
 
 
 def head_size(width, n_head):
     """The size of a head where the heads share the width."""
     if width % n_head != 0:
-        raise CheckpointError(f"config.json: {n_head} heads do not divide a width of {width}")
+        raise CheckpointError(f"{n_head} heads do not divide a width of {width}")
     return width // n_head
 
 
@@ -731,28 +713,25 @@ def read_rope(hf):
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     for key, value in rope.items():
         if isinstance(value, dict):
-            raise CheckpointError(f"config.json: a rotation for {key} only is not supported")
-    share = hf.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1
-    if share != 1:
-        raise CheckpointError("config.json: partial_rotary_factor is not supported")
-    theta = float(rope.get("rope_theta", hf.get("rope_theta", 1e4)))
+            raise CheckpointError(f"a rotation for {key} only is not supported")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_KEYS:
         known = ", ".join(ROPE_KEYS)
-        raise CheckpointError(f"config.json: rope_type={kind!r} is not one of {known}")
+        raise CheckpointError(f"rope_type={kind!r} is not one of {known}")
+    original = "original_max_position_embeddings"
+    defaults = {"rope_theta": 1e4, original: hf.get("max_position_embeddings", 2048)}
+    rope = defaults | hf | rope  # some files have some of the numbers at their top
+    if hf.get(original):
+        rope[original] = hf[original]  # as in transformers 5, it then counts
+    if rope.get("partial_rotary_factor", 1) not in (1, None):
+        raise CheckpointError("partial_rotary_factor is not supported")
+    theta = float(rope["rope_theta"])
+    missing = [key for key in ROPE_KEYS[kind] if key not in rope]
+    if missing:
+        raise CheckpointError(f"rope_type={kind!r} needs {missing[0]}")
     if kind == "default":
         return theta, None
-    # Some files have this number at their top; as in transformers 5, it then counts.
-    original = "original_max_position_embeddings"
-    rope = {original: hf.get("max_position_embeddings", 2048)} | rope
-    if hf.get(original):
-        rope[original] = hf[original]
-    scaling = {"rope_type": kind}
-    for key in ROPE_KEYS[kind]:
-        if key not in rope:
-            raise CheckpointError(f"config.json: rope_type={kind!r} needs {key}")
-        scaling[key] = rope[key]
-    return theta, scaling
+    return theta, {"rope_type": kind} | {key: rope[key] for key in ROPE_KEYS[kind]}
 
 
 def qwen_windows(hf, n_layer):
@@ -765,8 +744,7 @@ def qwen_windows(hf, n_layer):
     window_of = {"full_attention": None, "sliding_attention": hf.get("sliding_window", 4096)}
     if len(kinds) != n_layer or not set(kinds) <= set(window_of):
         raise CheckpointError(
-            f"config.json: layer_types does not name one of {', '.join(window_of)} "
-            f"for each of {n_layer} layers"
+            f"layer_types does not name one of {', '.join(window_of)} for each of {n_layer} layers"
         )
     return tuple(window_of[kind] for kind in kinds)
 
@@ -854,24 +832,19 @@ def shard_paths(folder):
     if single.exists():
         return [single]
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return indexed_paths(index)
-    shards = sorted(folder.glob("model-*-of-*.safetensors"))
-    if not shards:
-        raise CheckpointError(f"{folder}: no model.safetensors (.bin files are not read)")
-    return shards
-
-
-def indexed_paths(index):
-    """The files of an index, {"weight_map": {"model.norm.weight": "a.safetensors", ...}}."""
-    weight_map = read_json(index).get("weight_map")
+    if not index.exists():
+        shards = sorted(folder.glob("model-*-of-*.safetensors"))
+        if not shards:
+            raise CheckpointError(f"{folder}: no model.safetensors (.bin files are not read)")
+        return shards
+    weight_map = read_json(index).get("weight_map")  # {"model.norm.weight": "a.safetensors", ...}
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map from tensors to files")
     paths = set()
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
             raise CheckpointError(f"{index}: {file!r} is not the name of a file in this folder")
-        paths.add(index.parent / file)
+        paths.add(folder / file)
     return sorted(paths)
 
 
