@@ -101,10 +101,6 @@ class Config:
             raise CheckpointError(f"activation {config.activation!r} is not one of {known}")
         return config
 
-    def to_hf(self):
-        """The dict of a config.json: as it was read, plus the class for transformers."""
-        return self.hf | {"architectures": [self.architecture]}
-
     @property
     def position_limit(self):
         """How many tokens a text may have: any number, unless positions are learned."""
@@ -365,7 +361,8 @@ class GPT(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         dtype = dtype or self.norm.weight.dtype
         kind = str(dtype).removeprefix("torch.")
-        hf = self.config.to_hf() | {"dtype": kind, "torch_dtype": kind}  # transformers 5 and 4
+        hf = self.config.hf | {"architectures": [self.config.architecture]}
+        hf |= {"dtype": kind, "torch_dtype": kind}  # transformers 5 and 4
         temporary = folder / ".config.json.tmp"
         temporary.write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, folder / "config.json")

@@ -81,6 +81,10 @@ class Solution:
         """Token ids of y_i."""
         return self.ids[len(self.through_step(i - 1)) : self.ends[i - 1]]
 
+    def prefix(self, i):
+        """The problem's id and y_1 .. y_i, which other solutions may begin with, too."""
+        return self.id, tuple(self.through_step(i))
+
     def found_pit(self, i):
         """Whether a step with Q = 0 is known among the first i."""
         return 0 in self.q_values[:i]
@@ -124,29 +128,27 @@ def estimate_values(policy, problems, solutions, *, k, scan):
     scan "first" stops at the first step with Q = 0 of a wrong solution, "full" values every step.
     problems: {id: Problem}.
     """
-    correct = {}  # {(number of a solution, step): its correct continuations}
-    for number, s in enumerate(solutions):
-        if s.first_pit:
-            correct[number, s.first_pit - 1] = s.continuations
+    # {prefix: its correct continuations}
+    correct = {s.prefix(s.first_pit - 1): s.continuations for s in solutions if s.first_pit}
     longest = max((len(s.ends) for s in solutions), default=0)
     for i in range(1, longest):  # the last step needs no sampling: the checker decides
-        walking = {number: s for number, s in enumerate(solutions) if len(s.ends) > i}
+        walking = [s for s in solutions if len(s.ends) > i]
         if scan == "first":
-            walking = {n: s for n, s in walking.items() if s.correct or not s.found_pit(i - 1)}
+            walking = [s for s in walking if s.correct or not s.found_pit(i - 1)]
         # Many solutions of a problem begin alike: each prefix is continued once.
-        counts = {(s.id, tuple(s.through_step(i))): s.counts[i - 1] for s in walking.values()}
+        counts = {s.prefix(i): s.counts[i - 1] for s in walking}
         found = correct_continuations(policy, problems, counts, k)
-        for number, s in walking.items():
-            new = found[s.id, tuple(s.through_step(i))]
-            correct[number, i] = correct.get((number, i), []) + new
+        for prefix, new in found.items():
+            correct[prefix] = correct.get(prefix, []) + new
+        for s in walking:
             before = s.counts[i - 1] * (s.q_values[i - 1] or 0.0)
             s.counts[i - 1] += k
-            s.q_values[i - 1] = (before + len(new)) / s.counts[i - 1]
-    for number, s in enumerate(solutions):
+            s.q_values[i - 1] = (before + len(found[s.prefix(i)])) / s.counts[i - 1]
+    for s in solutions:
         if not s.correct:
             s.first_pit = find_first_pit(s.q_values)
             # Q is above 0 just before the pit, so there are some: the candidates for chosen.
-            s.continuations = correct.get((number, s.first_pit - 1), [])
+            s.continuations = correct.get(s.prefix(s.first_pit - 1), [])
 
 
 def correct_continuations(policy, problems, counts, k):
@@ -204,14 +206,14 @@ def value_steps(policy, problems, solutions, path, *, k, scan="first"):
         if row is None:
             todo.append(s)
             continue
-        belongs = row["ids"] == s.ids and row["ends"] == s.ends
-        if not belongs or len(row["q_values"]) != len(s.ends):  # another engine may have written it
+        # another engine may have written it
+        if (row["ids"], row["ends"], len(row["q_values"])) != (s.ids, s.ends, len(s.ends)):
             raise UserError(
                 f"{path}: the values of problem {s.id}, sample {s.sample}, are not of the steps of "
                 "that sample in samples.jsonl"
             )
         s.q_values = row["q_values"]
-        s.counts = row.get("counts") or [0 if q is None else k for q in s.q_values[:-1]] + [0]
+        s.counts = row.get("counts", [k] * len(s.ends))
         s.continuations = row["continuations"]
         s.first_pit = None if s.correct else find_first_pit(s.q_values)
     bar = progress("values", "solution", len(solutions), len(solutions) - len(todo))
@@ -232,22 +234,21 @@ def ask_pits_again(policy, problems, solutions, path, *, k, most=100):
     # A pit that is the last step was judged, not sampled.
     pits = [s for s in solutions if not s.correct and s.first_pit < len(s.ends)]
     pits = pits[:: max(1, len(pits) // most)][:most]
-    rows = read_rows(path)
-    wait_for_all()
-    asked = []
-    counts = {}
+    rows = []
     for s in pits:
         first = s.counts[s.first_pit - 1]  # its continuations so far found the pit
-        row = dict(id=s.id, sample=s.sample, first_pit=s.first_pit)
-        asked.append(row | dict(first=first, continuations=k, correct=None))
-        counts[s.id, tuple(s.through_step(s.first_pit))] = first
-    if [dict(row, correct=None) for row in rows] == asked:
-        return rows
+        row = dict(id=s.id, sample=s.sample, first_pit=s.first_pit, first=first)
+        rows.append(row | dict(continuations=k, correct=None))
+    stored = read_rows(path)
+    wait_for_all()
+    if [dict(row, correct=None) for row in stored] == rows:
+        return stored
+    counts = {s.prefix(s.first_pit): s.counts[s.first_pit - 1] for s in pits}
     found = correct_continuations(policy, problems, counts, k)
-    for row, s in zip(asked, pits, strict=True):
-        row["correct"] = len(found[s.id, tuple(s.through_step(s.first_pit))])
-    write_rows(path, asked)
-    return asked
+    for row, s in zip(rows, pits, strict=True):
+        row["correct"] = len(found[s.prefix(s.first_pit)])
+    write_rows(path, rows)
+    return rows
 
 
 # ---------------------------------------------------------------- pairs
@@ -409,17 +410,9 @@ def pair_row(pair, tokenizer):
     the joined ids decode to (see Tokenizer.texts)."""
     prompt, chosen = tokenizer.texts([pair.prompt, pair.chosen])
     rejected = tokenizer.texts([pair.prompt, pair.rejected])[1]
-    return dict(
-        id=pair.id,
-        form=pair.form,
-        first_pit=pair.first_pit,
-        prompt=prompt,
-        chosen=chosen,
-        rejected=rejected,
-        prompt_ids=pair.prompt,
-        chosen_ids=pair.chosen,
-        rejected_ids=pair.rejected,
-    )
+    row = dict(id=pair.id, form=pair.form, first_pit=pair.first_pit)
+    row |= dict(prompt=prompt, chosen=chosen, rejected=rejected)
+    return row | dict(prompt_ids=pair.prompt, chosen_ids=pair.chosen, rejected_ids=pair.rejected)
 
 
 # ---------------------------------------------------------------- samples, and what to use of them
@@ -435,23 +428,23 @@ def sample(policy, problems, path, n, temperature=None):
     """
     if temperature is None:
         temperature = policy.sampling.temperature
-    samples = {}
+    samples = {problem.id: [] for problem in problems}
     for row in read_rows(path, dict(id=str, temperature=(int, float), samples=list)):
         check_samples(path, row, temperature, policy)
         samples[row["id"]] = row["samples"]
-    todo = [problem for problem in problems if len(samples.get(problem.id, [])) < n]
+    todo = [problem for problem in problems if len(samples[problem.id]) < n]
     bar = progress("sample", "problem", len(problems), len(problems) - len(todo))
     at_once = max(1, policy.samples_at_once * PROCESSES // n)
     for start in range(0, len(todo), at_once):
         part = todo[start : start + at_once]
-        first = min(len(samples.get(problem.id, [])) for problem in part)
+        first = min(len(samples[problem.id]) for problem in part)
         mine = shard(part)
         prompts = [policy.prompt(problem) for problem in mine]
         sampled = policy.generate(prompts, n - first, first=first, temperature=temperature)
         rows = []
         for problem, solutions in zip(mine, sampled, strict=True):
-            drawn = samples.get(problem.id, [])[:first]
-            drawn += [policy.judge(ids, problem) for ids in solutions]
+            drawn = [policy.judge(ids, problem) for ids in solutions]
+            drawn = samples[problem.id][:first] + drawn
             rows.append(dict(id=problem.id, temperature=temperature, samples=drawn))
         rows = gather(rows)
         append_rows(path, rows)
@@ -465,25 +458,22 @@ def sample(policy, problems, path, n, temperature=None):
 def check_samples(path, row, temperature, policy):
     """Refuse a row of samples.jsonl that another engine has filled in wrongly."""
     where = f"{path}: problem {row['id']}"
-    if row["temperature"] != temperature:
-        found = row["temperature"]
+    drawn_at = row["temperature"]
+    if drawn_at != temperature:
         raise UserError(
-            f"{where}: sampled at temperature {found}, not {temperature}; delete the file"
+            f"{where}: sampled at temperature {drawn_at}, not {temperature}; delete the file"
         )
+    size = policy.tokenizer.vocab_size
     for s in row["samples"]:
         if not isinstance(s, dict) or not {"ids", "text", "ended", "correct"} <= set(s):
             raise UserError(f"{where}: a sample lacks ids, text, ended or correct")
-        if not are_ids(s["ids"], policy.tokenizer.vocab_size):
+        known = isinstance(s["ids"], list) and all(
+            type(id) is int and 0 <= id < size for id in s["ids"]
+        )
+        if not known or not s["ids"]:
             raise UserError(f"{where}: ids is not a list of token ids of the vocabulary")
         if s["ended"] != (s["ids"][-1] in policy.tokenizer.stop_ids):
             raise UserError(f"{where}: ended is not true just where the last id is an end of text")
-
-
-def are_ids(ids, vocab_size):
-    """Whether `ids` is a list of at least one token id."""
-    if not isinstance(ids, list) or not ids:
-        return False
-    return all(type(i) is int and 0 <= i < vocab_size for i in ids)
 
 
 def distinct(samples):
@@ -619,7 +609,7 @@ class Slots:
 
     @property
     def busy(self):
-        return len(self.free) < len(self.owner)
+        return [row for row, owner in enumerate(self.owner) if owner is not None]
 
     def refill(self, waiting, prompts, budgets, numbers):
         """Start samples of waiting prompts in the free rows, so that no row is idle for long.
@@ -695,8 +685,8 @@ class Slots:
 
     def collect(self):
         """Free the rows of finished samples. Returns [((prompt, sample), token ids)]."""
-        done = self.done.nonzero()[:, 0].tolist()
-        rows = [row for row in done if self.owner[row] is not None]
+        done = self.done.tolist()
+        rows = [row for row in self.busy if done[row]]
         index = torch.tensor(rows, dtype=torch.long, device=self.done.device)
         outputs = self.output[index].tolist()
         finished = []
@@ -708,7 +698,7 @@ class Slots:
     def shrink(self):
         """Drop the free rows once they are half of all, so that the last long samples decode in a
         smaller batch."""
-        busy = [row for row, owner in enumerate(self.owner) if owner is not None]
+        busy = self.busy
         if 2 * len(busy) > len(self.owner):
             return
         self.owner = [self.owner[row] for row in busy]
@@ -726,20 +716,12 @@ class Slots:
 
 
 def capture(step):
-    """A CUDA graph of the kernels of `step`, which this does not run."""
+    """A CUDA graph of the kernels of `step`, which this does not run. Should it fail on a GPU,
+    CUDA_GRAPHS = False decodes without one."""
     graph = torch.cuda.CUDAGraph()
-    try:
-        # thread_local: what other threads do meanwhile, as nccl's, is no part of it
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            step()
-    except RuntimeError as error:
-        if out_of_memory(error):
-            raise
-        # torch's allocator cannot be trusted after a failed capture, so there is no going on
-        raise UserError(
-            f"a decode step could not be captured as a CUDA graph ({str(error).splitlines()[0]}); "
-            "CUDA_GRAPHS = False in rollout.py decodes without one"
-        ) from None
+    # thread_local: what other threads do meanwhile, as nccl's, is no part of it
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
     return graph
 
 
@@ -885,17 +867,10 @@ def load_policy(folder, c, train=False):
     )
     if device == "cpu":
         small = sum(p.numel() for p in model.parameters()) < 5_000_000
-        torch.set_num_threads(c.threads or min(cores(), 2 if small else cores()))
+        torch.set_num_threads(c.threads or (min(THREADS, 2) if small else THREADS))
         if not small:
             policy.samples_at_once = 512
     return policy
-
-
-def cores():
-    """How many of the CPU's cores this process may use."""
-    if "OMP_NUM_THREADS" in os.environ:  # it is for each process
-        return THREADS
-    return max(1, THREADS // PROCESSES)
 
 
 def load_tokenizer(folder, vocab_size):
@@ -955,6 +930,17 @@ def progress(name, unit, total, done):
     )
 
 
+# of the errors of Python, torch on a GPU and on a CPU, cuDNN, C++
+OUT_OF_MEMORY = (
+    "MemoryError",
+    "out of memory",
+    "allocate memory",
+    "not enough memory",
+    "ALLOC_FAILED",
+    "bad_alloc",
+)
+
+
 def run_program(main):
     """Run a program. Errors that the user can fix are one line and exit code 2."""
     if PROCESSES > 1:
@@ -968,7 +954,7 @@ def run_program(main):
     except (UserError, CheckpointError, OSError, UnicodeError, SafetensorError) as error:
         leave(2, printable(f"error: {' '.join(str(error).split())}"))
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        if not any(words in repr(error) for words in OUT_OF_MEMORY):
             raise
         leave(
             2,
@@ -977,12 +963,6 @@ def run_program(main):
         )
     if PROCESSES > 1:
         dist.destroy_process_group()
-
-
-def out_of_memory(error):
-    """Whether an error says that memory ran out, on a GPU or on a CPU."""
-    words = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def leave(code, message):
