@@ -344,10 +344,8 @@ class GPT(nn.Module):
         for name, parameter in model.named_parameters():
             value = from_disk(config, name, stored[sources[name]]())
             if value.shape != parameter.shape:
-                raise CheckpointError(
-                    f"{folder}: {sources[name]} gives {name} the shape {list(value.shape)}, but "
-                    f"config.json says {list(parameter.shape)}"
-                )
+                shapes = f"{list(value.shape)}, but config.json says {list(parameter.shape)}"
+                raise CheckpointError(f"{folder}: {sources[name]} gives {name} the shape {shapes}")
             # A copy: what safetensors returns is a view of the file, and changes with it.
             empty = torch.empty(parameter.shape, dtype=dtype, device=device)
             weights[name] = empty.copy_(value)
@@ -740,9 +738,7 @@ def qwen_windows(hf, n_layer):
     kinds = hf.get("layer_types") or kinds
     window_of = {"full_attention": None, "sliding_attention": hf.get("sliding_window", 4096)}
     if len(kinds) != n_layer or not set(kinds) <= set(window_of):
-        raise CheckpointError(
-            f"layer_types does not name one of {', '.join(window_of)} for each of {n_layer} layers"
-        )
+        raise CheckpointError(f"layer_types is not a list of {n_layer} of {', '.join(window_of)}")
     return tuple(window_of[kind] for kind in kinds)
 
 
@@ -789,8 +785,7 @@ def check_tied_head(folder, config, stored):
     embedding = stored.setdefault(disk_name(config, "embed_tokens.weight"), head)
     if not torch.equal(head(), embedding()):
         raise CheckpointError(
-            f"{folder}: lm_head.weight differs from the embedding, but config.json has "
-            "tie_word_embeddings=true"
+            f"{folder}: tie_word_embeddings=true, but lm_head.weight differs from the embedding"
         )
 
 

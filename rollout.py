@@ -209,8 +209,7 @@ def value_steps(policy, problems, solutions, path, *, k, scan="first"):
         # another engine may have written it
         if (row["ids"], row["ends"], len(row["q_values"])) != (s.ids, s.ends, len(s.ends)):
             raise UserError(
-                f"{path}: the values of problem {s.id}, sample {s.sample}, are not of the steps of "
-                "that sample in samples.jsonl"
+                f"{path}: values of {s.id}, sample {s.sample}, are not of the sample's steps"
             )
         s.q_values = row["q_values"]
         s.counts = row.get("counts", [k] * len(s.ends))
@@ -458,21 +457,17 @@ def sample(policy, problems, path, n, temperature=None):
 def check_samples(path, row, temperature, policy):
     """Refuse a row of samples.jsonl that another engine has filled in wrongly."""
     where = f"{path}: problem {row['id']}"
-    drawn_at = row["temperature"]
-    if drawn_at != temperature:
-        raise UserError(
-            f"{where}: sampled at temperature {drawn_at}, not {temperature}; delete the file"
-        )
+    drawn = f"drawn at temperature {row['temperature']}"
+    if row["temperature"] != temperature:
+        raise UserError(f"{where}: {drawn}, not {temperature}; delete the file")
     size = policy.tokenizer.vocab_size
     for s in row["samples"]:
         if not isinstance(s, dict) or not {"ids", "text", "ended", "correct"} <= set(s):
             raise UserError(f"{where}: a sample lacks ids, text, ended or correct")
-        known = isinstance(s["ids"], list) and all(
-            type(id) is int and 0 <= id < size for id in s["ids"]
-        )
-        if not known or not s["ids"]:
+        ids = s["ids"] if isinstance(s["ids"], list) else []
+        if not ids or not all(type(id) is int and 0 <= id < size for id in ids):
             raise UserError(f"{where}: ids is not a list of token ids of the vocabulary")
-        if s["ended"] != (s["ids"][-1] in policy.tokenizer.stop_ids):
+        if s["ended"] != (ids[-1] in policy.tokenizer.stop_ids):
             raise UserError(f"{where}: ended is not true just where the last id is an end of text")
 
 
@@ -563,10 +558,8 @@ def check_lengths(prompts, budgets, limit):
         if not prompt:
             raise UserError("generate: a prompt has no tokens")
         if len(prompt) + budget - 1 > limit:  # the last token is never fed back
-            raise UserError(
-                f"generate: a prompt of {len(prompt)} tokens and {budget} new ones do not fit the "
-                f"{limit} positions of the model"
-            )
+            tokens = f"a prompt of {len(prompt)} tokens and {budget} new ones"
+            raise UserError(f"generate: {tokens} do not fit the {limit} positions of the model")
 
 
 class Slots:
@@ -845,9 +838,7 @@ def load_policy(folder, c, train=False):
     if not folder:
         raise UserError("--model is missing: it names a Hugging Face folder")
     if "\\n" in c.prompt:
-        note(
-            f"--prompt {c.prompt} holds a backslash and an n, not a line break, which $'...' makes"
-        )
+        note(f"--prompt {c.prompt}: a backslash and an n are no line break; $'...' makes one")
     if c.dtype not in ("", "float32", "bfloat16"):
         raise UserError(f"--dtype {c.dtype} is not float32 or bfloat16")
     device = pick_device(c.device)
@@ -878,9 +869,7 @@ def load_tokenizer(folder, vocab_size):
     tokenizer = Tokenizer.from_pretrained(folder)
     last = max(tokenizer.stop_ids)
     if last >= vocab_size:
-        raise UserError(
-            f"{folder}: the end of text is token {last}, but the model has {vocab_size}"
-        )
+        raise UserError(f"{folder}: the end of text is token {last} of a model of {vocab_size}")
     tokenizer.vocab_size = min(tokenizer.vocab_size, vocab_size)
     return tokenizer
 
