@@ -208,9 +208,7 @@ def value_steps(policy, problems, solutions, path, *, k, scan="first"):
             continue
         # another engine may have written it
         if (row["ids"], row["ends"], len(row["q_values"])) != (s.ids, s.ends, len(s.ends)):
-            raise UserError(
-                f"{path}: values of {s.id}, sample {s.sample}, are not of the sample's steps"
-            )
+            raise UserError(f"{path}: values of {s.id}, sample {s.sample}, are not of its steps")
         s.q_values = row["q_values"]
         s.counts = row.get("counts", [k] * len(s.ends))
         s.continuations = row["continuations"]
@@ -620,11 +618,11 @@ class Slots:
         """Prefill the prompts of a batch, and start their samples in free rows."""
         device = self.token.device
         prefilled, logits = prefill(self.model, [prompts[i] for i in batch])
-        rows = self.free[: len(batch) * len(numbers)]
+        owners = list(product(batch, numbers))
+        rows = self.free[: len(owners)]
+        for row, owner in zip(rows, owners, strict=True):
+            self.owner[row] = owner
         width = self.uniforms.shape[1] - 1
-        for row, (i, j) in zip(rows, product(batch, numbers), strict=True):
-            self.owner[row] = (i, j)
-        owners = [self.owner[row] for row in rows]
         uniforms = [uniform_numbers(self.sampling.seed, prompts[i], j, width) for i, j in owners]
         rows = torch.tensor(rows, device=device)
         source = torch.arange(len(batch), device=device).repeat_interleave(len(numbers))
@@ -919,15 +917,8 @@ def progress(name, unit, total, done):
     )
 
 
-# of the errors of Python, torch on a GPU and on a CPU, cuDNN, C++
-OUT_OF_MEMORY = (
-    "MemoryError",
-    "out of memory",
-    "allocate memory",
-    "not enough memory",
-    "ALLOC_FAILED",
-    "bad_alloc",
-)
+# in the errors of Python, of torch on a GPU and on a CPU, of cuDNN and of C++
+OUT_OF_MEMORY = re.compile("MemoryError|(out of|allocate|not enough) memory|ALLOC_FAILED|bad_alloc")
 
 
 def run_program(main):
@@ -943,13 +934,10 @@ def run_program(main):
     except (UserError, CheckpointError, OSError, UnicodeError, SafetensorError) as error:
         leave(2, printable(f"error: {' '.join(str(error).split())}"))
     except (RuntimeError, MemoryError) as error:
-        if not any(words in repr(error) for words in OUT_OF_MEMORY):
+        if not OUT_OF_MEMORY.search(repr(error)):
             raise
-        leave(
-            2,
-            "error: out of memory; the same command goes on from here with lower "
-            "--micro-tokens or --slots, or with --gradient-checkpointing 1",
-        )
+        less = "lower --micro-tokens or --slots, or with --gradient-checkpointing 1"
+        leave(2, f"error: out of memory; the same command goes on from here with {less}")
     if PROCESSES > 1:
         dist.destroy_process_group()
 
