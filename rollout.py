@@ -707,12 +707,18 @@ class Slots:
 
 
 def capture(step):
-    """A CUDA graph of the kernels of `step`, which this does not run. Should it fail on a GPU,
-    CUDA_GRAPHS = False decodes without one."""
+    """A CUDA graph of the kernels of `step`, which this does not run."""
     graph = torch.cuda.CUDAGraph()
-    # thread_local: what other threads do meanwhile, as nccl's, is no part of it
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        step()
+    try:
+        # thread_local: what other threads do meanwhile, as nccl's, is no part of it
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step()
+    except RuntimeError as error:  # torch's allocator cannot be trusted from here on
+        if OUT_OF_MEMORY.search(repr(error)):
+            raise
+        reason = str(error).splitlines()[0]
+        advice = "CUDA_GRAPHS = False in rollout.py decodes without"
+        raise UserError(f"no CUDA graph of a decode step: {reason}; {advice}") from None
     return graph
 
 
