@@ -706,13 +706,11 @@ ROPE_KEYS = {"default": (), "linear": ("factor",), "llama3": ("factor", *LLAMA3_
 def read_rope(hf):
     """(theta, scaling) from rope_theta and rope_scaling (transformers 4) or rope_parameters (5)."""
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    for key, value in rope.items():
-        if isinstance(value, dict):
-            raise CheckpointError(f"a rotation for {key} only is not supported")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise CheckpointError(f"rotations of their own for {', '.join(rope)} are not supported")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_KEYS:
-        known = ", ".join(ROPE_KEYS)
-        raise CheckpointError(f"rope_type={kind!r} is not one of {known}")
+        raise CheckpointError(f"rope_type={kind!r} is not one of {', '.join(ROPE_KEYS)}")
     original = "original_max_position_embeddings"
     defaults = {"rope_theta": 1e4, original: hf.get("max_position_embeddings", 2048)}
     rope = defaults | hf | rope  # some files have some of the numbers at their top
