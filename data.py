@@ -375,9 +375,7 @@ def parse_flags(config_class, description: str, argv: list[str] | None = None):
         group = item.metadata["group"] or group
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        kind = item.type
-        if kind not in (int, float, str):  # "int | None" takes an int
-            kind = kind.__args__[0]
+        kind = item.type if isinstance(item.type, type) else item.type.__args__[0]  # int | None
         groups[group].add_argument(
             flag_name(item),
             type=kind,
@@ -475,11 +473,9 @@ def claim_folder(config, path, in_the_way, **contents):
     for name, (stage, value) in contents.items():
         values[name] = value
         stages[name] = stage
-    begun = values
-    if stored:
-        task = ("model", "data")
-        unset = {item.name: item.default for item in fields(config) if item.name not in task}
-        begun = asdict(apply_presets(replace(config, **unset))) | stored
+    task = ("model", "data")
+    unset = {item.name: item.default for item in fields(config) if item.name not in task}
+    begun = asdict(apply_presets(replace(config, **unset))) | (stored or values)
     for name, value in values.items():
         files = in_the_way.get(stages[name])
         if files and begun.get(name) != value:
