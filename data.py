@@ -131,7 +131,7 @@ def parse_problem(line: bytes, number: int, where: str) -> Problem:
     solutions = texts_of(row, SOLUTION_KEYS)
     answer = text_of(row.get("answer"))
     gold = extract_answer(answer)
-    solution = (solutions or [""])[0]
+    solution = next(iter(solutions), "")
     for text in [*solutions, answer]:
         marked = extract_answer(text, bare=False)
         if marked and (not gold or is_correct(marked, gold)):
@@ -144,7 +144,7 @@ def parse_problem(line: bytes, number: int, where: str) -> Problem:
     if not questions:
         keys = ", ".join(QUESTION_KEYS)
         raise UserError(f"{where}: no question, a text under {keys}; {answer_keys}")
-    if not gold or not is_correct(gold, gold):
+    if not is_correct(gold, gold):
         raise UserError(f"{where}: no gold answer that a solution could match; {answer_keys}")
     style = row.get("style")
     if style not in list(STEP_STARTS):
@@ -622,8 +622,9 @@ def math_starts(text: str) -> list[int]:
     """MATH: a step is a paragraph, or a sentence where no blank line divides the text."""
     gaps = [gap for gap in GAP.finditer(text.rstrip()) if gap[0].count("\n") > 1]
     starts = [gap.end() for gap in gaps if not CONTINUES.match(text, gap.end())]
-    starts = starts + final_start(text) if starts else sentence_starts(text)
-    return numbered_starts(text, starts)
+    if not starts:
+        return numbered_starts(text, sentence_starts(text))
+    return numbered_starts(text, starts + final_start(text))
 
 
 # Each style of steps: a function from the text of a solution to the places where steps start.
@@ -1246,7 +1247,9 @@ def ends_of_text(tokenizer: tokenizers.Tokenizer, folder: Path) -> tuple[int, li
     stop_ids = []
     for name in ("config.json", "generation_config.json"):
         named = read_json(folder / name).get("eos_token_id")
-        for i in named if isinstance(named, list) else [named]:
+        if not isinstance(named, list):
+            named = [named]
+        for i in named:
             if isinstance(i, int) and i in known and i not in stop_ids:
                 stop_ids.append(i)
     own = read_json(folder / "tokenizer_config.json").get("eos_token")
@@ -1256,8 +1259,9 @@ def ends_of_text(tokenizer: tokenizers.Tokenizer, folder: Path) -> tuple[int, li
         stop_ids = [ids[name] for name in (own, *USUAL_ENDS) if name in ids][:1]
     if not stop_ids:
         raise UserError(f"{folder}: no end of text; config.json should name its eos_token_id")
-    eos_id = ids.get(own)
-    return eos_id if eos_id in stop_ids else stop_ids[0], stop_ids
+    if ids.get(own) in stop_ids:
+        return ids[own], stop_ids
+    return stop_ids[0], stop_ids
 
 
 def note_beginning_of_text(tokenizer: tokenizers.Tokenizer):
