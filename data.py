@@ -56,7 +56,9 @@ class UserError(ValueError):
 QUESTION_KEYS = ("question", "problem", "prompt", "query")
 SOLUTION_KEYS = ("solution", "response", "output")
 ANNOTATION = re.compile(r"<<[^<>\n]*>>")
-NO_ANSWER = re.compile(r"proof|not ?found|nan|none|null|n/?a|\\text\s*\{\s*\}", re.I)
+NO_ANSWER = re.compile("proof|notfound|nan|inf|none|null|na|unknown|invalid|tbd", re.I)
+NO_LETTER = re.compile(r"\\text|[\W_]")
+MARKS = re.compile(r"\\boxed|[#${}\s]")
 EMPTY_BOX = re.compile(r"\\boxed\s*\{\s*\}")
 
 
@@ -103,11 +105,10 @@ def read_problems(path, limit: int | None = None) -> list[Problem]:
         if not line.strip():
             continue
         problem = parse_problem(line, number, f"{path}:{number + 1}")
-        if NO_ANSWER.fullmatch(problem.answer):
+        if is_none(problem.answer):
             no_answer.append(number + 1)
             continue
-        stated = extract_answer(problem.solution, bare=False)
-        if stated and not is_correct(problem.solution, problem.answer):
+        if stated_answer(problem.solution) and not is_correct(problem.solution, problem.answer):
             problem.solution = ""
             no_solution.append(number + 1)
         problem.id = unused_id(problem.id, numbers)
@@ -131,6 +132,8 @@ def parse_problem(line: bytes, number: int, where: str) -> Problem:
     solutions = texts_of(row, SOLUTION_KEYS)
     answer = text_of(row.get("answer"))
     gold = extract_answer(answer)
+    if MARKS.sub("", answer) == MARKS.sub("", gold or ""):
+        answer = ""  # "#### 18" alone is no solution
     solution = next(iter(solutions), "")
     for text in [*solutions, answer]:
         marked = extract_answer(text, bare=False)
@@ -153,7 +156,13 @@ def parse_problem(line: bytes, number: int, where: str) -> Problem:
     if not isinstance(meta, dict) or meta.keys() != {"start", "events"}:
         meta = None  # of somebody else
     name = text_of(row.get("id")) or str(number)
-    return Problem(name, questions[0], ANNOTATION.sub("", solution), gold, style, meta)
+    question = questions[0].strip()
+    return Problem(name, question, ANNOTATION.sub("", solution), gold, style, meta)
+
+
+def is_none(answer: str) -> bool:
+    """Whether an answer says that there is none: "proof", "N/A", "\\text{not found}"."""
+    return NO_ANSWER.fullmatch(NO_LETTER.sub("", answer)) is not None
 
 
 def parse_object(line: bytes, where: str) -> dict:
@@ -612,9 +621,14 @@ def displays(text: str) -> list[tuple[int, int]]:
 
 
 def line_starts(text: str) -> list[int]:
-    """GSM8K and the built-in task: each line is a step, and of a text in one line each sentence."""
-    if "\n" not in text.strip():
-        return [end.end() for end in SENTENCE_GAP.finditer(text)]
+    """GSM8K and the built-in task: each line is a step. Of a text in one line, but for the final
+    answer, each sentence is."""
+    body = text
+    for start in final_start(text):
+        if text[start - 1 : start] == "\n":
+            body = text[:start]
+    if "\n" not in body.strip():
+        return [end.end() for end in SENTENCE_GAP.finditer(body)] + [len(body)]
     return numbered_starts(text, [gap.end() for gap in GAP.finditer(text) if "\n" in gap[0]])
 
 
@@ -736,8 +750,11 @@ MAX_ANSWER = 300  # characters of an answer that are understood; longer ones are
 SIGNS = str.maketrans("‐‒–—−·⋅∙×÷⁄、’~&", "-----****//,' ,")
 TAGS = re.compile(r"</\w+>|<\|\w+\|>|(?<!\w)\*\*|\*\*(?!\w)|`")  # </answer>, <|im_end|>, bold type
 BOXED = re.compile(r"\\(?:boxed|fbox)\b\s*")
-# A line '#### Step 2' or '#### 2. Cost' with text below it is a heading of Markdown.
-HASHES = re.compile(r"(?i)####(?![ \d.)]*[a-z]{3}.*\n\s*\S)")
+# Headings of Markdown: '#### Step 2', '#### 2. Cost', '#### Cost:', '#### Cost' and a blank line.
+HASHES = re.compile(
+    r"(?i)####(?!(?:\W?step\b|\W?\d+[.)] ?[a-z]|[^\n:]{,60}:(?=\n)|\W?[a-z]{3}[^\n]{,60}(?=\n\n))"
+    r"[^\n]*\n\s*\S)"
+)
 ANSWER_IS = re.compile(
     r"(?im)<answer>|^A:|\banswers?\b[^\n.:=?!\\#]{0,60}?(?:\b(?:is|are)(?:\b|(?=n't))|[:=])"
 )
@@ -779,7 +796,8 @@ def stated_answer(text: str | None) -> str:
 def _plain(text):
     """The end of a text, behind its thoughts, in one spelling: 'x² − ½' is 'x^{2} - 1/2'."""
     text = "" if text is None else str(text)
-    text = ANNOTATION.sub("", text[-MAX_TAIL:].rpartition("</think>")[2])
+    text = re.split("</think(?:ing)?>", text[-MAX_TAIL:])[-1]
+    text = ANNOTATION.sub("", text)
     text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", r"^{\g<0>}", text)
     text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)  # 1½ is 1 1/2
     text = re.sub(r"\n(?=[^{}\n]{0,80}\})", " ", text)  # a line may end within braces
@@ -820,7 +838,9 @@ def _clause(text):
 BOLD = re.compile(r"\*\*([-$]*\d[^*\n:]*)\*\*")
 # '$7 + $8 = $15' is money: '$x$' does not end behind a space or before a digit.
 FORMULA = re.compile(r"(?:\$|\\[(\[])((?:[^$\\]|\\[^)\]])+?)(?:(?<!\s)\$(?!\d)|\\[)\]])")
-OPEN_SUM = re.compile(r"(?<!\^)[\d)]\s*(?:[-+*]|\s[/x]\s)\s*[$(]*\d+(?!\w|\s*[\\^])")
+OPEN_SUM = re.compile(
+    r"(?<!\^)[\d)]\s*(?:[-+*]|\s[/x]\s|\\(?:times|cdot|div)\b)\s*[$(]*\d+(?!\w|\s*[\\^])"
+)
 CHOICE = re.compile(r"\d\s+(?:or|and)\s+(?:[a-z]\s*=\s*)?-?\d+\W*$")
 PROSE = re.compile(r"(?<![\\{A-Za-z])(?<!\{ )[A-Za-z]{2}.*\s")
 STATED = re.compile(r"-?\$?(?<![\w.^{])\d[\d,]*(?:\.\d+)?(?:/\d+)?")
@@ -870,7 +890,7 @@ COMMANDS = {  # LaTeX's words for signs; of those that only change the looks not
     **{"le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "infty": "∞", "circ": "°", "pi": "π"},
 }
 # '5k' is 5*10**3. Magnitudes that do not stand here are in NOT_WHOLE: '5 dozen' is no number.
-POWERS = {"k": 3, "K": 3, "thousand": 3, "lakh": 5, "M": 6, "million": 6, "crore": 7, "billion": 9}
+POWERS = {"k": 3, "thousand": 3, "lakh": 5, "m": 6, "million": 6, "crore": 7, "billion": 9}
 REWRITES = [  # pattern, replacement, in this order
     (r"\\([A-Za-z]+)\s*", lambda match: COMMANDS.get(match[1], match[0])),
     (r"\\(?:text\w*|mbox|math\w\w)\s*\{([^{}]*)\}", r" \1 "),
@@ -886,7 +906,10 @@ REWRITES = [  # pattern, replacement, in this order
     (r"(?<=\d)\s+x\s+(?=[\d.])", "*"),  # 9 x 2
     (r"(?<![\\A-Za-z])pi\b", "π"),
     (r"(?:√|(?<![\\A-Za-z])sqrt)\s*\(?(\d+)\)?", r"\\sqrt{\1}"),
-    (rf"(?<=\d)\s*({'|'.join(POWERS)})s?\b", lambda match: f"*10**{POWERS[match[1]]}"),
+    (
+        r"(?<=\d)\s*([kKM]|(?i:thousand|lakh|[mb]illion|crore))s?\b",
+        lambda match: f"*10**{POWERS[match[1].lower()]}",
+    ),
     (r"\s(?:or|and)\b", ","),
     (r"_\{(\w+)\}", r"_\1"),
     # Mixed numbers: 3\frac{1}{2}, 3\frac12, 3 1/2.
@@ -1026,16 +1049,16 @@ def _equation(text):
 BEFORE = r"(?:(?:[^\W\d_]{2,}|a)(?![^\W\d_])(?:[\s:]|\.(?!\d)|-(?!\s?\d))*)*"
 # What may stand behind it as its unit: '5 cm^2', '5 apples in total', but not '5x', '5 - x'.
 UNIT = (
-    r"\s*/?\s*(?![abcxyz]{3}\b)(?:[^\W\d_α-ω]{3,}|[^\x00-\x7f\W\d_α-ω]+|[mgl]\b|a(?=\s)|[ap]\.?m\b"
+    r"\s*/?\s*(?![abcxyz]{3}\b)(?:(?<=[\s/])[^\W\d_α-ω]{3,}|[^\x00-\x7f\W\d_α-ω]+|[mgl]\b|a(?=\s)|[ap]\.?m\b"
     r"|(?:[ckm]m|[km]g|ml|ft|in|of|lbs?|oz|mi|hr|sq|tv)\b)"
     r"(?:[\s.,/'-]+[^\W\d_]+)*\s*(?:\*\*\s?\(?\d\)?)?"
 )
 QUANTITY = re.compile(rf"{BEFORE}((?=-?\s?\.?\d|[(π])[-+*/().\d\sπ]*[\d)π])(?:{UNIT})?\s*")
 # And what makes it another number: 'not 5', 'a third of 5', '5 out of ten', '5 squared'.
 NOT_WHOLE = re.compile(
-    r"\b(?:not?|never|than(?=\W+\d)|but|twice|double|triple|between|least|most|plus|minus|negative"
-    r"|squared|cubed|(?:half|third|quarter|square|root|percent|out) of|hundred|grand|dozens?"
-    r"|[a-z]+illion|two|three|four|five|six|seven|eight|nine|ten|[a-z]+teen|(?:twen|thir|for|fif)ty)\b"
+    r"\b(?:not?|never|than(?=\W+\d)|but|twice|double|triple|between|least|most|plus"
+    r"|minus|negative|squared|cubed|(?:half|third|quarter|square|root|percent|out) of|hundred"
+    r"|grand|dozens?|[a-z]+illion|two|three|four|five|six|seven|eight|nine|ten|[a-z]+teen|(?:twen|thir|for|fif)ty)\b"
 )
 
 

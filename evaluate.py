@@ -98,8 +98,8 @@ def compare(a, b, z=1.96):
     half = z * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
     return dict(
         difference=float(b.mean() - a.mean()),
-        low=float(centre - half),
-        high=float(centre + half),
+        low=max(-1.0, float(centre - half)),
+        high=min(1.0, float(centre + half)),
         p=mcnemar(a, b),
     )
 
@@ -121,16 +121,19 @@ def evaluate(policy, problems, folder, samples=0, ks=(1, 5)):
         problems=len(problems),
         accuracy=float(np.mean(correct)),
         interval=wilson(sum(correct), len(correct)),
-        ended=float(np.mean([s["ended"] for s in greedy])),
         tokens=float(np.mean([len(s["ids"]) for s in greedy])),
         correct=correct,
     )
     if all(problem.meta for problem in problems):  # the built-in task, whose steps can be judged
         texts = zip(problems, greedy, strict=True)
         result["spurious"] = float(np.mean([count_spurious(p, s["text"]) for p, s in texts]))
+    responses = list(greedy)
     if samples:
         drawn = sample(policy, problems, folder / "samples.jsonl", samples)
         result |= at_k(list(drawn.values()), ks)
+        for row in drawn.values():
+            responses += row
+    result["ended"] = float(np.mean([s["ended"] for s in responses]))
     return result
 
 
@@ -281,7 +284,7 @@ def explain(problem, before, after, folder, *, k, samples):
     correct = sum(s["correct"] for s in drawn[problem.id])
     lines = [
         printable(problem.question.strip()),
-        f"answer {problem.answer}; {correct} of {samples} samples are correct",
+        f"answer {printable(problem.answer)}; {correct} of {samples} samples are correct",
     ]
     wrong = solutions_to_value(before, [problem], drawn, wrong=samples)
     value_steps(before, by_id, wrong, folder / f"values-{k}.jsonl", k=k, scan="full")

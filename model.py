@@ -724,7 +724,7 @@ def read_rope(hf):
         raise CheckpointError(f"rope_type={kind!r} needs {missing[0]}")
     if kind == "default":
         return theta, None
-    return theta, {"rope_type": kind} | {key: rope[key] for key in ROPE_KEYS[kind]}
+    return theta, {"rope_type": kind} | {key: float(rope[key]) for key in ROPE_KEYS[kind]}
 
 
 def qwen_windows(hf, n_layer):

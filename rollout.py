@@ -391,13 +391,13 @@ def first_other(candidates, rejected, policy):
 
 
 def begins_with(text, start):
-    """Whether a text begins with another, in whole words and up to spaces.
+    """Whether a text begins with another, in whole words and up to spaces and full stops.
 
     >>> begins_with("9 + 5 = 14\n\nSo 14", "9 + 5 = 14"), begins_with("9 + 5 = 145", "9 + 5 = 14")
     (True, False)
     """
     text = " ".join(text.split())
-    start = " ".join(start.split())
+    start = " ".join(start.split()).rstrip(" .,:;")
     goes_on = re.match(r"\w|[.,/]\d", text[len(start) :])  # a word or number of the start
     return text.startswith(start) and (not goes_on or not start)
 
@@ -823,14 +823,15 @@ class Policy:
         self.decoded += sum(len(ids) for row in samples for ids in row)
         return samples
 
-    def save_settings(self, folder, **world):
-        """Write POLICY_FILE: what a program that loads the saved model should know of it."""
+    def save_settings(self, folder, **more):
+        """Write POLICY_FILE: what a program that loads the saved model should know of it. more: in
+        which world it was trained, and how it is rounded."""
         known = dict(
             prompt=self.prompt_format,
             max_new_tokens=self.sampling.max_new_tokens,
             temperature=self.sampling.temperature,
         )
-        write_json(Path(folder) / POLICY_FILE, known | world)
+        write_json(Path(folder) / POLICY_FILE, known | more)
 
 
 def load_policy(folder, c, train=False):
@@ -1000,7 +1001,7 @@ def how_prompted(c):
     """A line that says how a policy is prompted and sampled, and in which world, and what of it is
     not as the model was trained."""
     used = dict(prompt=c.prompt, max_new_tokens=c.max_new_tokens, temperature=c.temperature)
-    used |= world_flags(c)
+    used |= dict(sampling_dtype=c.sampling_dtype) | world_flags(c)
     known = read_json(Path(c.model) / POLICY_FILE)
     others = {name: known[name] for name in used if name in known and known[name] != used[name]}
     text = ", ".join(f"{name} {value!r}" for name, value in used.items())

@@ -586,13 +586,13 @@ def save(policy, folder, c):
     weights come last: a folder that has them is complete."""
     weights = whole_tensors(dict(policy.model.named_parameters()))
     # what a kill left of a file: our temporary ones, and those of safetensors
-    remove([*folder.glob("*.tmp"), *folder.glob(".tmp??????")])
+    remove([*folder.glob("*.json*.tmp"), *folder.glob(".*.tmp"), *folder.glob(".tmp??????")])
     if RANK == 0:
         with torch.device("meta"):
             model = GPT(policy.model.config)
         model.load_state_dict(weights, assign=True)
         policy.tokenizer.save(folder)
-        policy.save_settings(folder, **world_flags(c))
+        policy.save_settings(folder, sampling_dtype=c.sampling_dtype, **world_flags(c))
         note_rounding(model, policy.folder, c.sampling_dtype)
         model.save_pretrained(folder)
     wait_for_all()  # no process reads the folder before it is there
@@ -817,14 +817,21 @@ def check_problems(c, policy, train, test):
         )
     if c.sft_epochs > 0 and unsolved:
         note(f"{unsolved} of {len(train)} training problems have no solution to imitate")
+    ends = set(policy.tokenizer.stop_ids)
+    cut = 0
     for problem in train + test:
-        response = max(len(policy.solution(problem)), c.max_new_tokens)
-        tokens = len(policy.prompt(problem)) + response - 1  # the last one is never read
+        prompt = policy.prompt(problem)
+        solution = policy.solution(problem)
+        cut += not ends.isdisjoint(solution[:-1])
+        response = max(len(solution), c.max_new_tokens)
+        tokens = len(prompt) + response - 1  # the last one is never read
         if tokens > limit:
             raise UserError(
                 f"problem {problem.id}: {tokens} tokens for prompt and solution, but the model has "
                 f"only {limit} positions"
             )
+    if cut:
+        note(f"{cut} solutions hold an end of text, such as words that the tokenizer does not know")
 
 
 def main():

@@ -189,6 +189,13 @@ RIGHT = {  # kind: responses that state 18, or (response, gold)
     ],
 }
 WRONG = {  # kind: responses that do not state 5
+    "marked, but none": [
+        "#### None of these\n2 + 3 = 5",
+        "2 + 3 = 5\n**Answer:**",
+        r"\boxed{5def}",
+    ],
+    "a magnitude": ["#### 5 Million", "#### 5 Dozen", "#### 5 grand", "#### 5 trillion dollars"],
+    "an open product": [r"So it is $5 \times 1$.", r"It is $5 \div 1$."],
     "nothing": [None, 4.5, "", "hello", "#### ", "#### ,", r"\boxed{", "15", "-5", "1/5", "5 5"],
     "another number": [
         "#### 5\n#### 6",

@@ -189,9 +189,10 @@ def test_answers_that_are_none_are_left_out(tmp_path, capsys):
     data.note.cache_clear()
     rows = [GOOD, {"problem": "x", "solution": r"There are $\boxed{}$ primes."}]
     rows += [dict(question="q", answer=x) for x in ("proof", "notfound", "NaN", math.nan, "None")]
+    rows += [dict(question="q", answer=x) for x in ("Proof.", r"\text{N/A}", "[invalid]")]
     path = write(tmp_path / "p.jsonl", *rows, GOOD)
-    assert [p.id for p in read_problems(path)] == ["0", "7"]
-    assert f"{path}: 6 problems left out, the first in line 2" in capsys.readouterr().err
+    assert [p.id for p in read_problems(path)] == ["0", "10"]
+    assert f"{path}: 9 problems left out, the first in line 2" in capsys.readouterr().err
 
 
 def test_a_word_inside_a_solution_is_no_missing_answer(tmp_path):
@@ -209,11 +210,13 @@ def test_contradicting_solutions_are_not_imitated(tmp_path, capsys):
         dict(question="q", solution="The answer is 5.", answer="4"),
         dict(question="q", solution="2 + 2 = 4\n#### 4", answer="4"),
         dict(question="q", solution="I do not know.", answer="4"),
+        dict(question="q", solution="2 + 2 = 5\nSo there are 5.", answer="4"),
+        dict(question="q", solution="2 + 2 = 5\n#### 5", answer="#### 4"),
     ]
     path = write(tmp_path / "p.jsonl", *rows)
     solutions = [p.solution for p in read_problems(path)]
-    assert solutions == ["", "", rows[2]["solution"], rows[3]["solution"]]
-    assert "2 solutions left out, the first in line 1" in capsys.readouterr().err
+    assert solutions == ["", "", rows[2]["solution"], rows[3]["solution"], "", ""]
+    assert "4 solutions left out, the first in line 1" in capsys.readouterr().err
 
 
 def test_a_runs_own_problems_are_read_back(tmp_path):
@@ -1012,3 +1015,4 @@ def test_a_paragraph_is_cut_at_its_sentences():
     text = "Mr. Lee has 3.5 kg. He buys 2 kg more! Is it 5.5? $5.5$ kg it is. The answer is 5.5."
     assert [piece[:3] for piece in pieces(text)] == ["Mr.", "He ", "Is ", "$5.", "The"]
     assert len(pieces(text + "\nThat is all.")) == 2, "lines where there are lines"
+    assert [piece[:3] for piece in pieces("He has 5. He eats 2.\n#### 3")] == ["He ", "He ", "###"]
