@@ -129,20 +129,7 @@ def parse_problem(line: bytes, number: int, where: str) -> Problem:
     """A line of a problem file, read as read_problems says. "none" stands for no answer."""
     row = parse_object(line, where)
     questions = texts_of(row, QUESTION_KEYS)
-    solutions = texts_of(row, SOLUTION_KEYS)
-    answer = text_of(row.get("answer"))
-    gold = extract_answer(answer)
-    if MARKS.sub("", answer) == MARKS.sub("", gold or ""):
-        answer = ""  # "#### 18" alone is no solution
-    solution = next(iter(solutions), "")
-    for text in [*solutions, answer]:
-        marked = extract_answer(text, bare=False)
-        if marked and (not gold or is_correct(marked, gold)):
-            gold = gold or marked
-            solution = text
-            break
-    if not gold and EMPTY_BOX.search(solution + answer):
-        gold = "none"
+    solution, gold = solution_and_gold(row)
     answer_keys = f"an answer is looked for under {', '.join(('answer', *SOLUTION_KEYS))}"
     if not questions:
         keys = ", ".join(QUESTION_KEYS)
@@ -158,6 +145,23 @@ def parse_problem(line: bytes, number: int, where: str) -> Problem:
     name = text_of(row.get("id")) or str(number)
     question = questions[0].strip()
     return Problem(name, question, ANNOTATION.sub("", solution), gold, style, meta)
+
+
+def solution_and_gold(row: dict) -> tuple[str, str | None]:
+    """The solution of a row, "" if it has none, and its gold answer."""
+    solutions = texts_of(row, SOLUTION_KEYS)
+    answer = text_of(row.get("answer"))
+    gold = extract_answer(answer)
+    if MARKS.sub("", answer) == MARKS.sub("", gold or ""):
+        answer = ""  # "#### 18" alone is no solution
+    for text in [*solutions, answer]:
+        marked = extract_answer(text, bare=False)
+        if marked and (not gold or is_correct(marked, gold)):
+            return text, gold or marked
+    solution = next(iter(solutions), "")
+    if not gold and EMPTY_BOX.search(solution + answer):
+        gold = "none"
+    return solution, gold
 
 
 def is_none(answer: str) -> bool:
