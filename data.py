@@ -1053,8 +1053,8 @@ def _equation(text):
 BEFORE = r"(?:(?:[^\W\d_]{2,}|a)(?![^\W\d_])(?:[\s:]|\.(?!\d)|-(?!\s?\d))*)*"
 # What may stand behind it as its unit: '5 cm^2', '5 apples in total', but not '5x', '5 - x'.
 UNIT = (
-    r"\s*/?\s*(?![abcxyz]{3}\b)(?:(?<=[\s/])[^\W\d_α-ω]{3,}|[^\x00-\x7f\W\d_α-ω]+|[mgl]\b|a(?=\s)|[ap]\.?m\b"
-    r"|(?:[ckm]m|[km]g|ml|ft|in|of|lbs?|oz|mi|hr|sq|tv)\b)"
+    r"\s*/?\s*(?![abcxyz]{3}\b)(?:(?<=[\s/])[^\W\d_α-ω]{3,}|[^\x00-\x7f\W\d_α-ω]+|[mgl]\b"
+    r"|a(?=\s)|[ap]\.?m\b|(?:[ckm]m|[km]g|ml|ft|in|of|lbs?|oz|mi|hr|sq|tv)\b)"
     r"(?:[\s.,/'-]+[^\W\d_]+)*\s*(?:\*\*\s?\(?\d\)?)?"
 )
 QUANTITY = re.compile(rf"{BEFORE}((?=-?\s?\.?\d|[(π])[-+*/().\d\sπ]*[\d)π])(?:{UNIT})?\s*")
@@ -1062,7 +1062,8 @@ QUANTITY = re.compile(rf"{BEFORE}((?=-?\s?\.?\d|[(π])[-+*/().\d\sπ]*[\d)π])(?
 NOT_WHOLE = re.compile(
     r"\b(?:not?|never|than(?=\W+\d)|but|twice|double|triple|between|least|most|plus"
     r"|minus|negative|squared|cubed|(?:half|third|quarter|square|root|percent|out) of|hundred"
-    r"|grand|dozens?|[a-z]+illion|two|three|four|five|six|seven|eight|nine|ten|[a-z]+teen|(?:twen|thir|for|fif)ty)\b"
+    r"|grand|dozens?|[a-z]+illion|two|three|four|five|six"
+    r"|seven|eight|nine|ten|[a-z]+teen|(?:twen|thir|for|fif)ty)\b"
 )
 
 
