@@ -572,32 +572,35 @@ def summarise(cells):
 
 def one_set(cells):
     """Means over the seeds with their intervals, and the answers to QUESTIONS by bootstrap over
-    seeds and problems, in points."""
+    seeds and problems, in points; each over the seeds that have its arms."""
     summary = dict(seeds=len(cells), arms={}, questions={})
-    correct = {}
-    for arm in cells[0]["arms"]:
+    for arm in dict.fromkeys(arm for cell in cells for arm in cell["arms"]):
         records = [cell["arms"][arm] for cell in cells if arm in cell["arms"]]
-        if len(records) < len(cells):
-            continue
-        correct[arm] = np.array([bits(record["correct"]) for record in records])
-        summary["arms"][arm] = spreads(records, NUMBERS)
+        summary["arms"][arm] = spreads(records, NUMBERS) | dict(seeds=len(records))
         if "q" in records[0]:
             q = zip(*(record["q"] for record in records), strict=False)
             summary["arms"][arm]["q"] = [round(float(np.mean(step)), 4) for step in q]
-    errors = resampled(correct)
-    for question, (arm, other) in QUESTIONS.items():
-        if arm in errors and other in errors:
-            summary["questions"][question] = with_interval(100 * (errors[other] - errors[arm]))
+    for question, pair in QUESTIONS.items():
+        both = [cell["arms"] for cell in cells if set(pair) <= set(cell["arms"])]
+        if both:
+            verdicts = {
+                arm: np.array([bits(arms[arm]["correct"]) for arms in both]) for arm in pair
+            }
+            errors = resampled(verdicts)
+            difference = with_interval(100 * (errors[pair[1]] - errors[pair[0]]))
+            summary["questions"][question] = difference
     for part in ("pos", "pos by heart", "nll", "pits"):  # `work` says what they are
-        if all(part in cell for cell in cells):
-            summary[part] = means([cell[part] for cell in cells])
+        parts = [cell[part] for cell in cells if part in cell]
+        if parts:
+            summary[part] = means(parts)
     return summary
 
 
 def means(records):
-    """The mean of each number, of dicts of numbers or of dicts of dicts of them."""
+    """The mean of each number that all have, of dicts of numbers or of dicts of dicts of them."""
     if isinstance(records[0], dict):
-        return {key: means([record[key] for record in records]) for key in records[0]}
+        shared = [key for key in records[0] if all(key in record for record in records)]
+        return {key: means([record[key] for record in records]) for key in shared}
     return float(np.mean(records))
 
 
