@@ -13,7 +13,6 @@ The first figure is a dose and its effect: x, the share of pos's right samples t
 step; y, how far neg is ahead of positives asked again for as many sampled tokens.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -135,13 +134,13 @@ def pairs_at(own, places, k):
     """Pairs at other steps than pits: of each (solution, step) that step is rejected, against a
     correct way to go on from its prefix."""
     cell = own.cell
-    counts = {(s.id, tuple(s.through_step(i - 1))): 0 for s, i in places}
+    counts = {s.prefix(i - 1): 0 for s, i in places}
     # the k continuations that these prefixes were valued with, once more: nothing new is sampled
     found = correct_continuations(own.policy(), cell.by_id, counts, k)
     pairs = {}
     for s, i in places:
         prefix = s.through_step(i - 1)
-        ways = sorted(found[s.id, tuple(prefix)], key=len)
+        ways = sorted(found[s.prefix(i - 1)], key=len)
         chosen = first_other(ways, s.step(i), cell.base)
         if chosen is not None:
             prompt = cell.base.prompt(cell.by_id[s.id]) + prefix
@@ -206,19 +205,20 @@ def with_inserted(own, dose, harmless=False):
     """One own right solution of each problem, in which stand `dose` more lines on average: first
     pits of wrong samples, or lines that change nothing."""
     cell = own.cell
-    pits = {}
+    steps = {}
     for s in own.valued()[0]:
-        pits.setdefault(s.id, []).append(cell.base.text(s.step(s.first_pit)).strip())
+        if s.first_pit < len(s.ends):  # no answers
+            steps.setdefault(s.id, []).append(cell.base.text(s.step(s.first_pit)).strip())
     items, tokens = own_alone(own, 1)
     examples = []
     for item in items:
         rng = np.random.default_rng([cell.c.seed, *item.response])
         *lines, answer = cell.base.text(item.response).split("\n")
         for _ in range(int(dose + rng.random())):
-            if not lines or item.id not in pits:
+            if not lines or item.id not in steps:
                 break
             at = rng.integers(1, len(lines) + 1)
-            line = rng.choice(pits[item.id])
+            line = rng.choice(steps[item.id])
             if harmless:
                 total = lines[at - 1].rsplit(" ", 1)[-1]
                 line = f"{total} + 0 = {total}"
@@ -361,11 +361,34 @@ BY_HEART = {
     "neg by heart": Arm("pos by heart", first_pits),
     "again by heart": Arm("pos by heart", positives, tries="examples"),
 }
-ALIKE = """neg, nll 0.3; whole, half; algorithm 1; step by step; farthest; K 3; K 20; part 1; awr
-    pos a third time; neg on pos again; own 2; own 4; own 8; own 16; pits in 0.1; pits in 1
-    pits in 0.1, neg; pits in 0.3, neg; pits in 1, neg; neg by heart; again by heart
-    neg2; again from base; one teacher's"""  # the tests leave them out
-ALIKE = re.split(r"[;\n] *", ALIKE)
+# Left out by the tests: as others.
+ALIKE = (
+    "neg, nll 0.3",
+    "whole, half",
+    "algorithm 1",
+    "step by step",
+    "farthest",
+    "K 3",
+    "K 20",
+    "part 1",
+    "awr",
+    "pos a third time",
+    "neg on pos again",
+    "own 2",
+    "own 4",
+    "own 8",
+    "own 16",
+    "pits in 0.1",
+    "pits in 1",
+    "pits in 0.1, neg",
+    "pits in 0.3, neg",
+    "pits in 1, neg",
+    "neg by heart",
+    "again by heart",
+    "neg2",
+    "again from base",
+    "one teacher's",
+)
 SMOKE = {name: arm for name, arm in (ALL | BY_HEART).items() if name not in ALIKE}
 SETS = dict(ladder={}, core=CORE, controls=CONTROLS, all=ALL, heart=CORE | BY_HEART, smoke=SMOKE)
 MAIN = 0.2  # the rate at which data is counted
@@ -429,7 +452,7 @@ def work(folder, rate, size, seed, *, arms, picked, tries, traces, flags):
 
 
 def own_of(cell, name):
-    """What an arm samples. Policies of one round have the random numbers of the round."""
+    """What an arm samples: sft and pos with random numbers of their own, all others with others."""
     return Own(cell, cell.names[name], dict(sft=0, pos=1).get(name, 2))
 
 
@@ -583,10 +606,8 @@ def one_set(cells):
     for question, pair in QUESTIONS.items():
         both = [cell["arms"] for cell in cells if set(pair) <= set(cell["arms"])]
         if both:
-            verdicts = {
-                arm: np.array([bits(arms[arm]["correct"]) for arms in both]) for arm in pair
-            }
-            errors = resampled(verdicts)
+            right = {arm: np.array([bits(arms[arm]["correct"]) for arms in both]) for arm in pair}
+            errors = resampled(right)
             difference = with_interval(100 * (errors[pair[1]] - errors[pair[0]]))
             summary["questions"][question] = difference
     for part in ("pos", "pos by heart", "nll", "pits"):  # `work` says what they are
@@ -663,8 +684,11 @@ SHARES = ("accuracy", "other", "pass@1", "pass@5", "luck")
 
 def text(name, record):
     """A set of the summary as lines."""
-    of_pos = ", ".join(f"{key} {value:.4g}" for key, value in record.get("pos", {}).items())
-    lines = [f"{name}, {record['seeds']} seeds; of pos's samples: {of_pos}"]
+    lines = [f"{name}, {record['seeds']} seeds"]
+    for part in ("pos", "pos by heart", "nll"):
+        numbers = [f"{key} {value:.4g}" for key, value in record.get(part, {}).items()]
+        if numbers:
+            lines.append(f"  of {part}: {', '.join(numbers)}")
     for arm, numbers in record["arms"].items():
         line = f"  {arm:18}"
         for key in SHARES:
