@@ -56,8 +56,8 @@ class UserError(ValueError):
 QUESTION_KEYS = ("question", "problem", "prompt", "query")
 SOLUTION_KEYS = ("solution", "response", "output")
 ANNOTATION = re.compile(r"<<[^<>\n]*>>")
-NO_ANSWER = re.compile("proof|notfound|nan|inf|none|null|na|unknown|invalid|tbd", re.I)
-NO_LETTER = re.compile(r"\\text|[\W_]")
+NO_ANSWER = re.compile("(?:proof|notfound|nan|inf|none|null|na|unknown|invalid|tbd)?", re.I)
+NOT_A_WORD = re.compile(r"\\text|[\W_]")
 MARKS = re.compile(r"\\boxed|[#${}\s]")
 EMPTY_BOX = re.compile(r"\\boxed\s*\{\s*\}")
 
@@ -108,7 +108,7 @@ def read_problems(path, limit: int | None = None) -> list[Problem]:
         if is_none(problem.answer):
             no_answer.append(number + 1)
             continue
-        if stated_answer(problem.solution) and not is_correct(problem.solution, problem.answer):
+        if contradicts(problem.solution, problem.answer):
             problem.solution = ""
             no_solution.append(number + 1)
         problem.id = unused_id(problem.id, numbers)
@@ -139,12 +139,11 @@ def parse_problem(line: bytes, number: int, where: str) -> Problem:
     style = row.get("style")
     if style not in list(STEP_STARTS):
         style = "math" if "\\boxed" in solution else "lines"
-    meta = row.get("meta")
-    if not isinstance(meta, dict) or meta.keys() != {"start", "events"}:
-        meta = None  # of somebody else
     name = text_of(row.get("id")) or str(number)
     question = questions[0].strip()
-    return Problem(name, question, ANNOTATION.sub("", solution), gold, style, meta)
+    return Problem(
+        name, question, ANNOTATION.sub("", solution), gold, style, parse_meta(row.get("meta"))
+    )
 
 
 def solution_and_gold(row: dict) -> tuple[str, str | None]:
@@ -152,9 +151,8 @@ def solution_and_gold(row: dict) -> tuple[str, str | None]:
     solutions = texts_of(row, SOLUTION_KEYS)
     answer = text_of(row.get("answer"))
     gold = extract_answer(answer)
-    if MARKS.sub("", answer) == MARKS.sub("", gold or ""):
-        answer = ""  # "#### 18" alone is no solution
-    for text in [*solutions, answer]:
+    alone = MARKS.sub("", answer) == MARKS.sub("", gold or "")  # "#### 18" is no solution
+    for text in solutions if alone else [*solutions, answer]:
         marked = extract_answer(text, bare=False)
         if marked and (not gold or is_correct(marked, gold)):
             return text, gold or marked
@@ -164,9 +162,26 @@ def solution_and_gold(row: dict) -> tuple[str, str | None]:
     return solution, gold
 
 
+def contradicts(solution: str, gold: str) -> bool:
+    """Whether a solution states another answer. What one without a marker states is a guess, so it
+    must not hold the gold answer anywhere."""
+    if extract_answer(solution, bare=False) is None and gold in solution:
+        return False
+    return stated_answer(solution) != "" and not is_correct(solution, gold)
+
+
 def is_none(answer: str) -> bool:
-    """Whether an answer says that there is none: "proof", "N/A", "\\text{not found}"."""
-    return NO_ANSWER.fullmatch(NO_LETTER.sub("", answer)) is not None
+    """Whether an answer says that there is none, "proof", "N/A", or says nothing: "\\text{}"."""
+    return NO_ANSWER.fullmatch(NOT_A_WORD.sub("", answer)) is not None
+
+
+def parse_meta(meta) -> dict | None:
+    """`meta` of a problem of the built-in task; None for anything else."""
+    try:
+        events = [[int(sign), int(n)] for sign, n in meta["events"]]
+        return dict(start=int(meta["start"]), events=events)
+    except (TypeError, KeyError, ValueError, OverflowError):
+        return None
 
 
 def parse_object(line: bytes, where: str) -> dict:
@@ -629,7 +644,7 @@ def line_starts(text: str) -> list[int]:
     answer, each sentence is."""
     body = text
     for start in final_start(text):
-        if text[start - 1 : start] == "\n":
+        if text[start - 1 : start] == "\n" and "\n" not in text[start:].strip():
             body = text[:start]
     if "\n" not in body.strip():
         return [end.end() for end in SENTENCE_GAP.finditer(body)] + [len(body)]
@@ -754,13 +769,14 @@ MAX_ANSWER = 300  # characters of an answer that are understood; longer ones are
 SIGNS = str.maketrans("‐‒–—−·⋅∙×÷⁄、’~&", "-----****//,' ,")
 TAGS = re.compile(r"</\w+>|<\|\w+\|>|(?<!\w)\*\*|\*\*(?!\w)|`")  # </answer>, <|im_end|>, bold type
 BOXED = re.compile(r"\\(?:boxed|fbox)\b\s*")
-# Headings of Markdown: '#### Step 2', '#### 2. Cost', '#### Cost:', '#### Cost' and a blank line.
+# '#### Step 2', '#### 2. Cost' or '#### Total' with text below it is a heading of Markdown.
 HASHES = re.compile(
-    r"(?i)####(?!(?:\W?step\b|\W?\d+[.)] ?[a-z]|[^\n:]{,60}:(?=\n)|\W?[a-z]{3}[^\n]{,60}(?=\n\n))"
-    r"[^\n]*\n\s*\S)"
+    r"(?i)(?<!#)#{4,}(?!#|[ *]*(?:\d+[.)] *)?(?!(?:no|none|not|unknown|unclear|cannot)\b)"
+    r"[a-z]{3}[^\n]*\n\s*\S)"
 )
 ANSWER_IS = re.compile(
     r"(?im)<answer>|^A:|\banswers?\b[^\n.:=?!\\#]{0,60}?(?:\b(?:is|are)(?:\b|(?=n't))|[:=])"
+    r"(?!\s+(?:correct|right)\b)"
 )
 SENTENCE_END = re.compile(r"(?i)(?<!\brs)(?<!\bsq)(?<!\\)[.!?](?:\s|$)|[。\n]")
 # The last clause decides: '6 times 4, which is 24', 'not 12 but 14', '3 plus 4, so 7'.
@@ -1283,6 +1299,8 @@ def ends_of_text(tokenizer: tokenizers.Tokenizer, folder: Path) -> tuple[int, li
     own = read_json(folder / "tokenizer_config.json").get("eos_token")
     if isinstance(own, dict):
         own = own.get("content")
+    if not isinstance(own, str):
+        own = None
     if not stop_ids:
         stop_ids = [ids[name] for name in (own, *USUAL_ENDS) if name in ids][:1]
     if not stop_ids:

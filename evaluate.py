@@ -108,7 +108,8 @@ def compare(a, b, z=1.96):
 
 
 def evaluate(policy, problems, folder, samples=0, ks=(1, 5)):
-    """Accuracy of a policy as a dict for results.json; with samples > 0 also pass@k and maj@k.
+    """Accuracy of a policy as a dict for results.json; with samples > 0 also pass@k and maj@k, and
+    `ended` is then the share of all responses, greedy and sampled.
 
     The raw responses go to `folder`; a second call on the same folder takes them from there.
     """

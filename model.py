@@ -708,6 +708,8 @@ def read_rope(hf):
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if any(isinstance(value, dict) for value in rope.values()):
         raise CheckpointError(f"rotations of their own for {', '.join(rope)} are not supported")
+    if (hf.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1) != 1:
+        raise CheckpointError("partial_rotary_factor is not supported")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_KEYS:
         raise CheckpointError(f"rope_type={kind!r} is not one of {', '.join(ROPE_KEYS)}")
@@ -716,8 +718,6 @@ def read_rope(hf):
     rope = defaults | hf | rope  # some files have some of the numbers at their top
     if hf.get(original):
         rope[original] = hf[original]  # as in transformers 5, it then counts
-    if rope.get("partial_rotary_factor", 1) not in (1, None):
-        raise CheckpointError("partial_rotary_factor is not supported")
     theta = float(rope["rope_theta"])
     missing = [key for key in ROPE_KEYS[kind] if key not in rope]
     if missing:

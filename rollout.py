@@ -28,6 +28,7 @@ import os
 import re
 import sys
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -128,8 +129,10 @@ def estimate_values(policy, problems, solutions, *, k, scan):
     scan "first" stops at the first step with Q = 0 of a wrong solution, "full" values every step.
     problems: {id: Problem}.
     """
-    # {prefix: its correct continuations}
-    correct = {s.prefix(s.first_pit - 1): s.continuations for s in solutions if s.first_pit}
+    correct = defaultdict(list)  # {(prefix, its number of steps): its correct continuations}
+    for s in solutions:
+        if s.first_pit:
+            correct[s.prefix(s.first_pit - 1), s.first_pit - 1] = s.continuations
     longest = max((len(s.ends) for s in solutions), default=0)
     for i in range(1, longest):  # the last step needs no sampling: the checker decides
         walking = [s for s in solutions if len(s.ends) > i]
@@ -139,7 +142,7 @@ def estimate_values(policy, problems, solutions, *, k, scan):
         counts = {s.prefix(i): s.counts[i - 1] for s in walking}
         found = correct_continuations(policy, problems, counts, k)
         for prefix, new in found.items():
-            correct[prefix] = correct.get(prefix, []) + new
+            correct[prefix, i] = correct[prefix, i] + new
         for s in walking:
             before = s.counts[i - 1] * (s.q_values[i - 1] or 0.0)
             s.counts[i - 1] += k
@@ -148,7 +151,7 @@ def estimate_values(policy, problems, solutions, *, k, scan):
         if not s.correct:
             s.first_pit = find_first_pit(s.q_values)
             # Q is above 0 just before the pit, so there are some: the candidates for chosen.
-            s.continuations = correct.get(s.prefix(s.first_pit - 1), [])
+            s.continuations = correct[s.prefix(s.first_pit - 1), s.first_pit - 1]
 
 
 def correct_continuations(policy, problems, counts, k):
@@ -210,7 +213,7 @@ def value_steps(policy, problems, solutions, path, *, k, scan="first"):
         if (row["ids"], row["ends"], len(row["q_values"])) != (s.ids, s.ends, len(s.ends)):
             raise UserError(f"{path}: values of {s.id}, sample {s.sample}, are not of its steps")
         s.q_values = row["q_values"]
-        s.counts = row.get("counts", [k] * len(s.ends))
+        s.counts = row.get("counts") or [0 if q is None else k for q in s.q_values[:-1]] + [0]
         s.continuations = row["continuations"]
         s.first_pit = None if s.correct else find_first_pit(s.q_values)
     bar = progress("values", "solution", len(solutions), len(solutions) - len(todo))
@@ -391,7 +394,8 @@ def first_other(candidates, rejected, policy):
 
 
 def begins_with(text, start):
-    """Whether a text begins with another, in whole words and up to spaces and full stops.
+    """Whether a text begins with another, in whole words; spaces do not count, nor what punctuation
+    the other ends with.
 
     >>> begins_with("9 + 5 = 14\n\nSo 14", "9 + 5 = 14"), begins_with("9 + 5 = 145", "9 + 5 = 14")
     (True, False)
@@ -713,12 +717,12 @@ def capture(step):
         # thread_local: what other threads do meanwhile, as nccl's, is no part of it
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step()
-    except RuntimeError as error:  # torch's allocator cannot be trusted from here on
+    except RuntimeError as error:  # torch's allocator is damaged, so this run cannot go on
         if OUT_OF_MEMORY.search(repr(error)):
             raise
         reason = str(error).splitlines()[0]
-        advice = "CUDA_GRAPHS = False in rollout.py decodes without"
-        raise UserError(f"no CUDA graph of a decode step: {reason}; {advice}") from None
+        advice = "with CUDA_GRAPHS = False in rollout.py there is none"
+        raise UserError(f"a CUDA graph of a decode step failed: {reason}; {advice}") from None
     return graph
 
 
@@ -874,7 +878,9 @@ def load_tokenizer(folder, vocab_size):
     tokenizer = Tokenizer.from_pretrained(folder)
     last = max(tokenizer.stop_ids)
     if last >= vocab_size:
-        raise UserError(f"{folder}: the end of text is token {last} of a model of {vocab_size}")
+        raise UserError(
+            f"{folder}: the end of text is token {last}, but the model has {vocab_size}"
+        )
     tokenizer.vocab_size = min(tokenizer.vocab_size, vocab_size)
     return tokenizer
 

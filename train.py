@@ -343,6 +343,7 @@ def fit(policy, items, loss, c, name, *, epochs, lr, early_copy=None):
 def set_up(policy, items, c, folder, steps):
     """What the loop starts from: (weights by name, optimizer, number of steps done before)."""
     folder.mkdir(parents=True, exist_ok=True)
+    remove_half_written(folder)
     model = policy.model
     model.gradient_checkpointing = bool(c.gradient_checkpointing)
     if PROCESSES > 1:
@@ -585,8 +586,7 @@ def save(policy, folder, c):
     """Save model and tokenizer as a Hugging Face folder, with the prompt and how it is sampled. The
     weights come last: a folder that has them is complete."""
     weights = whole_tensors(dict(policy.model.named_parameters()))
-    # what a kill left of a file: our temporary ones, and those of safetensors
-    remove([*folder.glob("*.json*.tmp"), *folder.glob(".*.tmp"), *folder.glob(".tmp??????")])
+    remove_half_written(folder)
     if RANK == 0:
         with torch.device("meta"):
             model = GPT(policy.model.config)
@@ -664,6 +664,11 @@ def restore(weight, file, name, optimizer, step):
     optimizer.state[weight] = state
 
 
+def remove_half_written(folder):
+    """Delete what a kill left of a file: our temporary ones, and those of safetensors."""
+    remove([*folder.glob("*.json*.tmp"), *folder.glob(".*.tmp"), *folder.glob(".tmp??????")])
+
+
 @rank_zero_only
 def remove(paths):
     """Delete files and folders, those of them that are there."""
@@ -695,7 +700,9 @@ class TrainFlags(PolicyFlags):
     keep: int = flag(4, "correct solutions kept", group="values and pairs", least=0, stage="pos")
     negatives: int | None = flag(None, "wrong solutions valued a problem", least=0, stage="values")
     rollouts: int | None = flag(None, "K: continuations per prefix", least=1, stage="values")
-    scan: str | None = flag(None, "steps valued [awr: full]", choices=SCANS, stage="values")
+    scan: str | None = flag(
+        None, "steps valued; else first, with awr full", choices=SCANS, stage="values"
+    )
     pairs: str = flag("continuation", "form of the pairs", choices=PAIR_FORMS, stage="neg")
     loss: str = flag("dpo", "Eq. 1 or Eq. 4", group="losses", choices=LOSSES, stage="neg")
     beta: float = flag(0.3, "temperature of Eq. 1 and of Eq. 4", least=1e-6, stage="neg")
@@ -831,7 +838,7 @@ def check_problems(c, policy, train, test):
                 f"only {limit} positions"
             )
     if cut:
-        note(f"{cut} solutions hold an end of text, such as words that the tokenizer does not know")
+        note(f"{cut} solutions have an end of text inside, perhaps as an unknown word")
 
 
 def main():

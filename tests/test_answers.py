@@ -106,7 +106,11 @@ UNEQUAL = [
 RIGHT = {  # kind: responses that state 18, or (response, gold)
     "marked": [
         "#### 18",
+        "##### 18",
         "####18",
+        "#### Total\n10 + 8 = 18\nThe answer is 18.",
+        "#### 18\n\n#### Explanation\nAs above.",
+        "The answer is 18. This answer is correct.",
         "#### $18.00",
         "#### 18 dollars. That is all.",
         "#### 18</s>",

@@ -189,10 +189,12 @@ def test_answers_that_are_none_are_left_out(tmp_path, capsys):
     data.note.cache_clear()
     rows = [GOOD, {"problem": "x", "solution": r"There are $\boxed{}$ primes."}]
     rows += [dict(question="q", answer=x) for x in ("proof", "notfound", "NaN", math.nan, "None")]
-    rows += [dict(question="q", answer=x) for x in ("Proof.", r"\text{N/A}", "[invalid]")]
+    rows += [
+        dict(question="q", answer=x) for x in ("Proof.", r"\text{N/A}", "[invalid]", r"\boxed{}")
+    ]
     path = write(tmp_path / "p.jsonl", *rows, GOOD)
-    assert [p.id for p in read_problems(path)] == ["0", "10"]
-    assert f"{path}: 9 problems left out, the first in line 2" in capsys.readouterr().err
+    assert [p.id for p in read_problems(path)] == ["0", "11"]
+    assert f"{path}: 10 problems left out, the first in line 2" in capsys.readouterr().err
 
 
 def test_a_word_inside_a_solution_is_no_missing_answer(tmp_path):
@@ -212,10 +214,19 @@ def test_contradicting_solutions_are_not_imitated(tmp_path, capsys):
         dict(question="q", solution="I do not know.", answer="4"),
         dict(question="q", solution="2 + 2 = 5\nSo there are 5.", answer="4"),
         dict(question="q", solution="2 + 2 = 5\n#### 5", answer="#### 4"),
+        dict(question="q", solution="2 boys have 4, of 5 in all.", answer="4"),
     ]
     path = write(tmp_path / "p.jsonl", *rows)
     solutions = [p.solution for p in read_problems(path)]
-    assert solutions == ["", "", rows[2]["solution"], rows[3]["solution"], "", ""]
+    assert solutions == [
+        "",
+        "",
+        rows[2]["solution"],
+        rows[3]["solution"],
+        "",
+        "",
+        rows[6]["solution"],
+    ]
     assert "4 solutions left out, the first in line 1" in capsys.readouterr().err
 
 
@@ -1016,3 +1027,4 @@ def test_a_paragraph_is_cut_at_its_sentences():
     assert [piece[:3] for piece in pieces(text)] == ["Mr.", "He ", "Is ", "$5.", "The"]
     assert len(pieces(text + "\nThat is all.")) == 2, "lines where there are lines"
     assert [piece[:3] for piece in pieces("He has 5. He eats 2.\n#### 3")] == ["He ", "He ", "###"]
+    assert len(pieces("He has 5. He eats 2.\n#### 3\n3 - 2 = 1\n1 - 1 = 0")) == 4
