@@ -573,7 +573,7 @@ SENTENCE_GAP = re.compile(
     r"[.?!]\s+(?=[A-Z\d$\\#])"
 )
 # What opens or closes a display, or is a line break in one, as in \\[2pt].
-DISPLAY = re.compile(r"\\\\|\\[\[\]]|\\(?:begin|end)\{[^{}\n]*\}|\$\$|^[ \t]*```", re.M)
+DISPLAY = re.compile(r"\\\\|\\[\[\]]|\\(?:begin|end)\{[^{}\n]*\}|\$\$|^[ \t]*(?:```|~~~)", re.M)
 HALF = re.compile(r"\s(?=which |so |= |and |Thus)|(?<=,\$)\s")
 ARITHMETIC_SIGNS = str.maketrans("−–×·÷", "--**/")
 
@@ -632,7 +632,8 @@ def displays(text: str) -> list[tuple[int, int]]:
     for match in DISPLAY.finditer(text):
         kind = match[0].strip().replace(r"\]", r"\[").replace(r"\end", r"\begin")
         starts = opened.setdefault(kind, [])
-        if match[0].startswith((r"\[", r"\begin")) or (kind in ("$$", "```") and not starts):
+        opens = match[0].startswith((r"\[", r"\begin"))
+        if opens or (kind in ("$$", "```", "~~~") and not starts):
             starts.append(match.start())
         elif starts:
             spans.append((starts.pop(), match.end()))

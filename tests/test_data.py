@@ -993,6 +993,7 @@ def pieces(text, style="lines"):
         "$$\n9 \\times 2\n\n= 18\n$$",
         "\\begin{align}\nx &= 1\n\\begin{cases}\na\n\\end{cases}\n\n= 18\n\\end{align}",
         "```\nx = 9\n\nprint(x)\n```",
+        "~~~\nx = 9\n\nprint(x)\n~~~",
         "Total\n---\n",
     ],
 )
