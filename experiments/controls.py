@@ -719,17 +719,22 @@ def dose_panel(axis, sets):
     axis.legend(frameon=False, fontsize=7)
 
 
-COLOURS = {"sft": "#777777", "pos": "#77aadd", "pos again": "#2b7bba", "neg": "#d1495b"}
+LINES = {  # of the figure: a colour, and the arms on the way
+    "negatives": ("#d1495b", ("sft", "pos", "neg", "neg2")),
+    "positives again": ("#2b7bba", ("sft", "pos", "pos again", "pos a third time")),
+    "chosen alone": ("#edae49", ("pos", "chosen alone")),
+    "whole solutions": ("#777777", ("pos", "whole")),
+}
 
 
 def cost_panel(axis, title, record):
     """Accuracy against sampled tokens."""
-    for arm, numbers in record["arms"].items():
-        mean, low, high = 100 * np.array(numbers["accuracy"])
-        millions = numbers["tokens"][0] / 1e6
-        colour = COLOURS.get(arm, "#bbbbbb")
-        axis.errorbar(millions, mean, [[mean - low], [high - mean]], fmt="o", ms=3, color=colour)
-        axis.annotate(arm, (millions, mean), fontsize=6, xytext=(3, 2), textcoords="offset points")
+    for label, (colour, names) in LINES.items():
+        arms = [record["arms"][name] for name in names if name in record["arms"]]
+        millions = [arm["tokens"][0] / 1e6 for arm in arms]
+        accuracy = [100 * arm["accuracy"][0] for arm in arms]
+        axis.plot(millions, accuracy, "o-", ms=3, color=colour, label=label)
+    axis.legend(frameon=False, fontsize=7)
     axis.set(xlabel="sampled tokens, millions", ylabel="accuracy, %", title=title)
 
 
