@@ -48,7 +48,7 @@ def run(monkeypatch):
 # ---------------------------------------------------------------- experiments
 
 
-@pytest.mark.parametrize("name", ["controls", "smollm", "theorem"])
+@pytest.mark.parametrize("name", ["controls", "star", "theorem"])
 def test_every_script_runs_and_publishes(name, run, tmp_path):
     """A script that nobody ran since the modules changed; a result without seeds, verdicts or
     provenance; a smoke run among the committed results."""
@@ -76,16 +76,15 @@ def check_published(name, tmp_path):
 def test_a_sweep_goes_on_where_it_stopped(run, tmp_path):
     """Cells made again, which takes hours; a result that depends on where a sweep was stopped."""
     flags = ("--budget", "smoke", "--jobs", 1, "--out", tmp_path)
-    run("star", *flags)
-    check_published("star", tmp_path)
-    before = json.loads((tmp_path / "star.json").read_text())
-    written = {}
-    for path in [tmp_path / "base" / "cell.json", *tmp_path.rglob("model.safetensors")]:
-        written[path] = path.stat().st_mtime_ns
-    (tmp_path / "0" / "cell.json").unlink()  # as if the sweep was killed before this cell ended
-    run("star", *flags)
+    run("smollm", *flags)
+    check_published("smollm", tmp_path)
+    before = json.loads((tmp_path / "smollm.json").read_text())
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
+    assert written
+    (tmp_path / "6-0" / "cell.json").unlink()  # as if the sweep was killed before this cell ended
+    run("smollm", *flags)
     assert written == {path: path.stat().st_mtime_ns for path in written}
-    after = json.loads((tmp_path / "star.json").read_text())
+    after = json.loads((tmp_path / "smollm.json").read_text())
     assert after["summary"] == before["summary"]
 
 
